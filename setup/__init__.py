@@ -1,0 +1,1 @@
+"""The journey before and after a training process. Importing anything here imports no torch."""

@@ -1,0 +1,51 @@
+"""The micro-batch: one row of documents laid end to end, with everything a step needs to keep them apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["IGNORE_INDEX", "MicroBatch"]
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One forward and backward pass. T tokens, N documents, S supervised targets."""
+
+    ids: torch.Tensor
+    """[T] int64: token ids, documents end to end."""
+    position_ids: torch.Tensor
+    """[T] int64: position inside the own document, from 0."""
+    cu_seqlens: torch.Tensor
+    """[N + 1] int32: document boundaries, from 0 to T, strictly increasing."""
+    cu_seqlens_cpu: torch.Tensor
+    """The same on the host, so that no op has to synchronise to read it."""
+    max_seqlen: int
+    """Longest document."""
+    supervised_rows: torch.Tensor
+    """[S] int64: indices t whose next token t + 1 (same document) is supervised; sorted."""
+    targets: torch.Tensor
+    """[S] int64: ids[t + 1] for those t."""
+    examples: tuple[int, ...]
+    """Indices of the examples in the token cache, in document order; padding documents are not listed."""
+    real_tokens: int
+    """Tokens that are not padding."""
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Number of targets; known on the host."""
+        return self.targets.shape[0]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Returns a copy on `device`; `cu_seqlens_cpu` stays on the host."""
+        move = {
+            f: getattr(self, f).to(device, non_blocking=True)
+            for f in ("ids", "position_ids", "cu_seqlens", "supervised_rows", "targets")
+        }
+        return MicroBatch(
+            **move, cu_seqlens_cpu=self.cu_seqlens_cpu, max_seqlen=self.max_seqlen, examples=self.examples,
+            real_tokens=self.real_tokens,
+        )

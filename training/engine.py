@@ -1,0 +1,47 @@
+"""What an engine is. loop.py owns data order, accumulation, schedule, logs, evaluation and checkpoints for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from sparktune.training.batch import MicroBatch
+
+__all__ = ["Engine"]
+
+
+class Engine(Protocol):
+    """One model on one device, trainable."""
+
+    device: torch.device
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], n_supervised: int) -> torch.Tensor:
+        """Adds the gradients of sum(cross-entropy) / n_supervised over the micro-batches.
+
+        Returns the loss, a 0-d tensor on the device (reading it is the caller's synchronisation).
+        `n_supervised` counts the targets of the whole step, over all micro-batches (and ranks).
+        """
+
+    def optimiser_step(self, learning_rate: float) -> torch.Tensor:
+        """Clips, steps and zeroes the gradients. Returns the gradient norm before clipping (0-d tensor)."""
+
+    def loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """Returns sum(cross-entropy) of one micro-batch without gradients, dropout off."""
+
+    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> list[int]:
+        """Returns the greedy continuation, the stop token included if met."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns everything a resume needs beyond the loop's own counters: masters, moments, generators.
+
+        Flat names, tensors on the CPU or the device, safetensors dtypes; views allowed.
+        """
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores `state()` exactly. Raises ValueError naming missing, unexpected or misshapen entries."""
+
+    def export(self, folder: Path) -> None:
+        """Writes the trained result into `folder` (an adapter in PEFT's format, or the trained tensors)."""
