@@ -1,0 +1,111 @@
+"""Times optimiser steps the same way for every engine: wall clock, GPU-busy time, launches, peak memory."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+__all__ = ["StepTimes", "append_row", "machine_row", "measure_steps", "profile_step"]
+
+
+@dataclass(kw_only=True)
+class StepTimes:
+    """What one engine did over some steps."""
+
+    variant: str
+    tok_per_s: float
+    """Real tokens over the median step's wall time."""
+    step_ms_p20: float
+    step_ms_p50: float
+    step_ms_p80: float
+    peak_gib: float
+    """Largest allocation of the timed steps, by PyTorch's allocator."""
+    gpu_busy_ms: float | None = None
+    """Union of all kernels' and copies' time in one profiled step."""
+    launches: int | None = None
+    """Kernels and copies in that step."""
+    losses: list[float] = field(default_factory=list)
+    """The loss of every step, warm-up included."""
+
+
+def measure_steps(variant: str, step: Callable[[], torch.Tensor], tokens: int, *, warmup: int, steps: int,
+                  profile: bool = True) -> StepTimes:
+    """Runs `warmup` + `steps` optimiser steps and, if asked, one more under the profiler.
+
+    Args:
+        variant: the row's name.
+        step: runs one optimiser step and returns its loss as a tensor on the device.
+        tokens: real tokens of a step.
+        warmup: steps not counted (compilation, autotuning).
+        steps: steps timed, each between synchronisations.
+        profile: take one further step under torch.profiler.
+    """
+    losses = [step() for _ in range(warmup)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        losses.append(step())
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    times.sort()
+    p20, p50, p80 = (times[min(len(times) - 1, int(q * len(times)))] for q in (0.2, 0.5, 0.8))
+    row = StepTimes(variant=variant, tok_per_s=tokens / p50 * 1e3, step_ms_p20=p20, step_ms_p50=p50, step_ms_p80=p80,
+                    peak_gib=torch.cuda.max_memory_allocated() / 2**30, losses=[float(x) for x in losses])
+    if profile:
+        row.gpu_busy_ms, row.launches, _ = profile_step(step)
+    return row
+
+
+def profile_step(step: Callable[[], torch.Tensor]) -> tuple[float, int, list[tuple[str, float, int]]]:
+    """Returns (GPU-busy ms, launches, [(kernel, total ms, calls)] most expensive first) of one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
+    busy = 0.0
+    end = float("-inf")
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    totals: dict[str, tuple[float, int]] = {}
+    for e in events:
+        ms, calls = totals.get(e.name, (0.0, 0))
+        totals[e.name] = (ms + (e.time_range.end - e.time_range.start) / 1e3, calls + 1)
+    table = sorted(((name, ms, calls) for name, (ms, calls) in totals.items()), key=lambda row: -row[1])
+    return busy / 1e3, len(spans), table
+
+
+def machine_row() -> dict[str, str]:
+    """Returns what a row must say about where it was measured."""
+    import transformers
+    import triton
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__,
+        "commit": commit.stdout.strip() or "unknown", "date": time.strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def append_row(path: Path, times: StepTimes, **extra: object) -> None:
+    """Appends one row to a CSV, with a header if the file is new."""
+    row = {**machine_row(), **extra, **asdict(times), "losses": json.dumps([round(x, 5) for x in times.losses])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
