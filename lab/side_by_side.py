@@ -20,6 +20,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from sparktune.setup.plan.rundir import cache_dir
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -36,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--recompute", default="none")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/sparktune-bench"))
+    parser.add_argument("--folder", type=Path, default=cache_dir("bench"))
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--table", action="store_true", help="print the profile's most expensive kernels")
     return parser.parse_args()
