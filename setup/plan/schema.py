@@ -191,6 +191,8 @@ class ModelSpec(_Strict):
     """The checkpoint is laid out as a multimodal model (text keys under `model.language_model.`)."""
     native: bool
     """The native engine knows this architecture."""
+    native_reason: str = ""
+    """Why the native engine cannot train it; empty when it can."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
