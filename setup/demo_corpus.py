@@ -139,7 +139,7 @@ def _documented(body: list[ast.stmt]) -> Iterator[_Documented]:
             doc = ast.get_docstring(node, clean=False)
             is_class = isinstance(node, ast.ClassDef)
             members = list(_documented(node.body)) if is_class else []
-            if doc and doc.strip() or members:
+            if (doc and doc.strip()) or members:
                 yield _Documented(node.name, inspect.cleandoc(doc or "").strip(), is_class, members)
 
 

@@ -261,7 +261,7 @@ def _write_weights(folder: Path, tensors: dict[str, torch.Tensor], sharded: bool
             filled = 0
         shards[-1][name] = tensor
         filled += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
