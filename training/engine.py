@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +27,9 @@ class Engine(Protocol):
 
     def optimiser_step(self, learning_rate: float) -> torch.Tensor:
         """Clips, steps and zeroes the gradients. Returns the gradient norm before clipping (0-d tensor)."""
+
+    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Yields every trainable tensor's name and the gradient gathered since the last step, None where there is none."""
 
     def loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Returns sum(cross-entropy) of one micro-batch without gradients, dropout off."""
