@@ -1,4 +1,4 @@
-"""What an engine is. loop.py owns data order, accumulation, schedule, logs, evaluation and checkpoints for every engine."""
+"""What an engine is. For every one, loop.py owns data order, accumulation, schedule, logs, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Engine(Protocol):
         """Clips, steps and zeroes the gradients. Returns the gradient norm before clipping (0-d tensor)."""
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Yields every trainable tensor's name and the gradient gathered since the last step, None where there is none."""
+        """Yields every trainable tensor's name and its gradient since the last step, None where there is none."""
 
     def loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Returns sum(cross-entropy) of one micro-batch without gradients, dropout off."""

@@ -1,0 +1,335 @@
+"""Checkpoints: `checkpoint-N/` appears whole, by rename, or not at all, and says when it was damaged afterwards.
+
+A folder holds the trained result (`adapter/` or `weights/`, usable as it is), `engine.safetensors` (masters, moments,
+generators of the engine), `rng.safetensors` (torch's own generators), `loop.json` (step, position in the data, byte
+lengths of the logs, the settings that shape the mathematics) and `manifest.json` (size and sha256 of each file).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from sparktune.setup.plan.errors import PreflightError, SparktuneError
+
+__all__ = [
+    "CheckpointDamaged",
+    "LoopState",
+    "check_same_run",
+    "checkpoints_of",
+    "load_engine_state",
+    "load_loop_state",
+    "newest_valid",
+    "remove_leftovers",
+    "restore_rng",
+    "rotate",
+    "save_checkpoint",
+    "set_aside",
+    "storage_error",
+    "sync_folder",
+    "sync_tree",
+    "validate",
+    "write_safetensors",
+]
+
+FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL = re.compile(r"\.checkpoint-\d+\.partial")
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}
+
+
+class CheckpointDamaged(SparktuneError):
+    """A checkpoint does not hold what its manifest promises."""
+
+
+@dataclass(kw_only=True)
+class LoopState:
+    """What the loop itself remembers between steps."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    position: int = 0
+    """Micro-batches consumed since the run began, over all epochs: the position in the data."""
+    tokens: int = 0
+    """Real tokens seen."""
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    """Step of the lowest evaluation loss."""
+    evals_without_gain: int = 0
+    pending: bool = False
+    """The stop came during this step's evaluation: a resume begins with it."""
+    metrics_bytes: int = 0
+    """Length of metrics.jsonl after this step; a resume cuts the file there."""
+    samples_bytes: int = 0
+    """Length of samples.jsonl after this step."""
+    maths: dict[str, Any] = field(default_factory=dict)
+    """Every setting that changes the numbers; a resume refuses another value."""
+
+
+def storage_error(error: OSError, doing: str) -> SparktuneError:
+    """Returns the sentence for a write that the file system refused.
+
+    Args:
+        error: what the system said.
+        doing: what was being written, "the checkpoint of step 20 in results/x".
+    """
+    where = Path(error.filename) if error.filename else None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return SparktuneError(
+            f"No room left while writing {doing} ({error.strerror}). Nothing half-written was left under a final name; "
+            "free some space (older checkpoints, --keep-checkpoints 1) and resume."
+        )
+    place = f" at {where}" if where else ""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+        return PreflightError(
+            f"Cannot write {doing}{place}: {error.strerror}. Choose a writable folder with --results, or change its "
+            "permissions."
+        )
+    return SparktuneError(f"Writing {doing}{place} failed: {error.strerror or error}.")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes `tensors` in the safetensors format, one at a time, and fsyncs.
+
+    Unlike the library's writer it accepts views and never holds more than one tensor on the host.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _SAFETENSORS_NAMES:
+            raise ValueError(f"{name}: safetensors cannot hold {tensor.dtype}")
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as out:
+        out.write(len(encoded).to_bytes(8, "little"))
+        out.write(encoded)
+        for tensor in tensors.values():
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+            if flat.numel():
+                out.write(memoryview(flat.view(torch.uint8).numpy()))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def sync_tree(folder: Path) -> None:
+    """Forces every file and folder below `folder`, and the folder itself, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_folder(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Forces a file's content, or a folder's entries (a rename in it), to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rng_tensors() -> dict[str, torch.Tensor]:
+    states = {"torch.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states.update({f"torch.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    return states
+
+
+def restore_rng(checkpoint: Path) -> None:
+    """Sets torch's CPU and CUDA generators to what they were at the checkpoint."""
+    states = load_file(checkpoint / "rng.safetensors")
+    torch.set_rng_state(states["torch.cpu"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"torch.cuda.{i}" in states:
+                torch.cuda.set_rng_state(states[f"torch.cuda.{i}"], i)
+
+
+def save_checkpoint(
+    run_root: Path, state: LoopState, engine_state: Mapping[str, torch.Tensor], export: Callable[[Path], None],
+    result_name: str,
+) -> Path:
+    """Writes `checkpoint-N` (N = state.step) under `run_root` and returns its path.
+
+    Args:
+        run_root: the run folder.
+        state: the loop's state.
+        engine_state: `Engine.state()`.
+        export: `Engine.export`; called with the folder that takes the trained result.
+        result_name: name of that folder, `adapter` or `weights`.
+
+    Raises:
+        SparktuneError: the file system refused; nothing is left under the final name.
+    """
+    final = run_root / f"checkpoint-{state.step}"
+    partial = run_root / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / result_name).mkdir(parents=True)
+        export(partial / result_name)
+        write_safetensors(partial / "engine.safetensors", engine_state)
+        write_safetensors(partial / "rng.safetensors", _rng_tensors())
+        (partial / "loop.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        files = {
+            str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
+            for p in sorted(partial.rglob("*")) if p.is_file()
+        }
+        manifest = {"format": FORMAT, "step": state.step, "files": files}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        sync_tree(partial)
+        if final.exists():
+            set_aside(final, "superseded")
+        partial.rename(final)
+        sync_folder(run_root)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise storage_error(error, f"the checkpoint of step {state.step} in {run_root}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def set_aside(checkpoint: Path, why: str) -> Path:
+    """Renames a checkpoint that no longer counts to `checkpoint-N.WHY` and returns the new path."""
+    target = checkpoint.with_name(f"{checkpoint.name}.{why}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = checkpoint.with_name(f"{checkpoint.name}.{why}-{number}")
+    checkpoint.rename(target)
+    return target
+
+
+def checkpoints_of(run_root: Path) -> list[Path]:
+    """Returns the checkpoint folders of a run, newest step first."""
+    found = [(int(m[1]), p) for p in run_root.glob("checkpoint-*") if p.is_dir() and (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def validate(checkpoint: Path) -> None:
+    """Compares a checkpoint with its manifest, byte for byte.
+
+    Raises:
+        CheckpointDamaged: names the first file that is missing, truncated or changed.
+    """
+    manifest_path = checkpoint / "manifest.json"
+    if not manifest_path.is_file():
+        raise CheckpointDamaged(f"{checkpoint} is not a complete checkpoint: it has no manifest.json.")
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointDamaged(f"{manifest_path} is damaged: it is not the manifest of a checkpoint.") from error
+    if version != FORMAT:
+        raise CheckpointDamaged(f"{checkpoint} has format {version}; this version reads format {FORMAT}.")
+    for needed in ("engine.safetensors", "rng.safetensors", "loop.json"):
+        if needed not in files:
+            raise CheckpointDamaged(f"{manifest_path} is damaged: it does not list {needed}.")
+    for name, (size, digest) in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointDamaged(f"{checkpoint} is damaged: {name} is missing.")
+        seen = path.stat().st_size
+        if seen != size:
+            raise CheckpointDamaged(f"{checkpoint} is damaged: {name} has {seen} bytes, {size} were written.")
+        if _sha256(path) != digest:
+            raise CheckpointDamaged(f"{checkpoint} is damaged: the content of {name} changed after it was written.")
+
+
+def newest_valid(run_root: Path, say: Callable[[str], None]) -> Path | None:
+    """Returns the newest undamaged checkpoint, or None where there is none at all.
+
+    Damaged ones are renamed to `checkpoint-N.damaged` and reported through `say`.
+
+    Raises:
+        CheckpointDamaged: there are checkpoints and every one is damaged.
+    """
+    last: CheckpointDamaged | None = None
+    for checkpoint in checkpoints_of(run_root):
+        try:
+            validate(checkpoint)
+        except CheckpointDamaged as error:
+            last = error
+            say(f"{error} It was renamed to {set_aside(checkpoint, 'damaged').name}; trying the one before.")
+        else:
+            return checkpoint
+    if last is not None:
+        raise CheckpointDamaged(f"No checkpoint in {run_root} can be resumed from. {last} Start a new run.")
+    return None
+
+
+def load_loop_state(checkpoint: Path) -> LoopState:
+    """Reads the loop's state of a validated checkpoint."""
+    return LoopState(**json.loads((checkpoint / "loop.json").read_text(encoding="utf-8")))
+
+
+def load_engine_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Reads the engine's state of a validated checkpoint, on the CPU."""
+    return load_file(checkpoint / "engine.safetensors")
+
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuses to resume under settings that would change the numbers.
+
+    Raises:
+        SparktuneError: names each setting with its saved and its new value.
+    """
+    differing = [
+        f"{name} was {saved.get(name)!r} and is now {now.get(name)!r}"
+        for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)
+    ]
+    if differing:
+        raise SparktuneError(
+            f"{checkpoint} cannot be resumed with this plan, because the numbers would change: {'; '.join(differing)}. "
+            "Give the saved values (or leave those flags out), or start a new run."
+        )
+
+
+def rotate(run_root: Path, keep: int, protected: set[int]) -> list[Path]:
+    """Deletes all but the `keep` newest checkpoints and those of `protected` steps. Returns the deleted paths.
+
+    Called right after a checkpoint was written, so the newest one is known to be good. A deleted folder loses its
+    name first: an interrupted deletion leaves no damaged checkpoint behind.
+    """
+    deleted = []
+    for checkpoint in checkpoints_of(run_root)[keep:]:
+        if int(checkpoint.name.split("-")[1]) in protected:
+            continue
+        doomed = run_root / f".{checkpoint.name}.partial"
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        deleted.append(checkpoint)
+    return deleted
+
+
+def remove_leftovers(run_root: Path) -> None:
+    """Deletes half-written checkpoints of a killed process."""
+    for path in run_root.glob(".checkpoint-*.partial"):
+        if _PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,339 @@
+"""The training loop: data order, accumulation, schedule, logs, evaluation, samples, early stopping, checkpoints.
+
+It works for every engine (training/engine.py) and owns everything that is not the model. A step is
+forward_backward over its micro-batches, one optimiser step, and one read of the loss: the only synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from sparktune.setup.plan.errors import SparktuneError, StoppedResumable
+from sparktune.setup.plan.rundir import RunDir
+from sparktune.setup.plan.schema import Plan
+from sparktune.training.batch import MicroBatch
+from sparktune.training.checkpoint import (
+    LoopState,
+    load_engine_state,
+    rotate,
+    save_checkpoint,
+    storage_error,
+    sync_folder,
+    sync_tree,
+    validate,
+)
+from sparktune.training.engine import Engine
+from sparktune.training.memory import peak_gib
+from sparktune.training.metrics import MetricsLog
+from sparktune.training.schedule import RunLength, learning_rate, tenth, warmup_length
+from sparktune.training.stop import StopRequest
+
+__all__ = ["Batches", "SamplePrompt", "TrainingLoop"]
+
+
+class Batches(Protocol):
+    """Micro-batches in their order; the same epoch and index give the same micro-batch, always."""
+
+    def __len__(self) -> int:
+        """Micro-batches of one epoch."""
+
+    def micro_batch(self, epoch: int, index: int) -> MicroBatch:
+        """Returns one micro-batch, on the CPU."""
+
+    def lines(self, micro_batch: MicroBatch) -> list[int]:
+        """Returns the line numbers, in the data file, of a micro-batch's examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePrompt:
+    """A prompt that is answered during training."""
+
+    text: str
+    """For people."""
+    ids: tuple[int, ...]
+    """As the chat template renders it, generation prompt included."""
+
+
+@dataclass(kw_only=True)
+class TrainingLoop:
+    """One training run. Every field is decided before the loop starts; `state` alone changes."""
+
+    engine: Engine
+    plan: Plan
+    """Fully resolved: learning_rate and gradient_accumulation are numbers."""
+    run: RunDir
+    length: RunLength
+    train: Batches
+    evaluation: Batches | None
+    """None where nothing is held out."""
+    prompts: Sequence[SamplePrompt]
+    decode: Callable[[Sequence[int]], str]
+    stop_ids: Sequence[int]
+    """Token ids that end an answer."""
+    log: MetricsLog
+    state: LoopState
+    stop: StopRequest
+    say: Callable[[str], None]
+    """Takes one sentence or one progress line for the user."""
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        total = self.length.total_steps
+        self.save_steps = tenth(self.plan.save_steps, total)
+        self.eval_steps = tenth(self.plan.eval_steps, total)
+        self.sample_steps = self.plan.sample_steps or self.eval_steps
+        self.warmup = warmup_length(total, self.plan.warmup_ratio, self.plan.warmup_steps)
+        self.result_name = "weights" if self.plan.mode == "full" else "adapter"
+        self._checked = False
+        self._last_line_s = 0.0
+        self._saved_step: int | None = self.state.step if self.state.step else None
+
+    # -- the loop
+
+    def run_to_end(self) -> Path:
+        """Trains from `state.step` to the end and exports the result. Returns the result's folder.
+
+        Raises:
+            StoppedResumable: a signal asked to stop; a checkpoint was written.
+            SparktuneError: the loss is not finite, a gradient is missing, or the disk refused.
+        """
+        self.stop.looping = True
+        if self.state.step == 0 or self.state.pending:
+            self._after_step()
+        while self.state.step < self.length.total_steps and not self._out_of_patience():
+            self._step()
+            self._after_step()
+        if self._out_of_patience():
+            self.say(
+                f"Early stopping: no lower evaluation loss for {self.state.evals_without_gain} evaluations; "
+                f"the lowest was {self.state.best_eval_loss:.4f} at step {self.state.best_step}."
+            )
+        if self._saved_step != self.state.step:
+            self._save()
+        self._take_best()
+        return self._export()
+
+    def _step(self) -> None:
+        """One optimiser step over the micro-batches that belong to it."""
+        started = time.perf_counter()
+        step = self.state.step + 1
+        epoch, first, last = self.length.where(step)
+        batches = [self.train.micro_batch(epoch, index) for index in range(first, last)]
+        supervised = sum(batch.supervised_tokens for batch in batches)
+        lr = learning_rate(
+            step, peak=self._peak(), total_steps=self.length.total_steps, warmup=self.warmup,
+            shape=self.plan.lr_scheduler,
+        )
+        loss = grad_norm = None
+        if supervised:
+            loss_on_device = self.engine.forward_backward(batches, supervised)
+            if not self._checked:
+                self._check_gradients(step)
+            norm_on_device = self.engine.optimiser_step(lr)
+            loss, grad_norm = torch.stack([loss_on_device.double(), norm_on_device.double()]).tolist()
+            self._check_finite(step, loss, grad_norm, batches)
+        tokens = sum(batch.real_tokens for batch in batches)
+        self.state.step = step
+        self.state.position += len(batches)
+        self.state.tokens += tokens
+        row = {
+            "step": step, "epoch": round(self.length.epoch_after(step), 6), "loss": loss, "lr": lr,
+            "grad_norm": grad_norm, "tokens": tokens, "supervised_tokens": supervised,
+            "tok_per_s": round(tokens / (time.perf_counter() - started), 1),
+            "peak_gib": round(peak_gib(self.engine.device), 3),
+        }
+        self.log.step(row, self.length.total_steps)
+        self._print(row)
+
+    def _peak(self) -> float:
+        assert self.plan.learning_rate is not None, "resolved before the loop"
+        return self.plan.learning_rate
+
+    def _print(self, row: dict[str, Any]) -> None:
+        """Says where the run is: the first and last step, and at most one line every two seconds between them."""
+        now = time.monotonic()
+        if row["step"] not in (1, self.length.total_steps) and now - self._last_line_s < 2.0:
+            return
+        self._last_line_s = now
+        loss = "no supervised token" if row["loss"] is None else f"loss {row['loss']:.4f}"
+        self.say(
+            f"step {row['step']}/{self.length.total_steps}  epoch {row['epoch']:.2f}  {loss}  lr {row['lr']:.2e}  "
+            f"{row['tok_per_s']:,.0f} tok/s  peak {row['peak_gib']:.2f} GiB"
+        )
+
+    # -- checks
+
+    def _check_gradients(self, step: int) -> None:
+        """Looks at every gradient once, at the first step of the process: all there, all finite, zeros named."""
+        self._checked = True
+        names, present = [], []
+        missing = []
+        for name, gradient in self.engine.named_gradients():
+            if gradient is None:
+                missing.append(name)
+            else:
+                names.append(name)
+                present.append(torch.stack([gradient.isfinite().all(), gradient.ne(0).any()]))
+        if missing:
+            raise SparktuneError(
+                f"At step {step} {len(missing)} trainable tensors got no gradient at all, so they would never learn: "
+                f"{_some(missing)}. The model's forward pass does not use them; choose other --target-modules."
+            )
+        facts = torch.stack(present).tolist()
+        broken = [name for name, (finite, _) in zip(names, facts, strict=True) if not finite]
+        if broken:
+            raise SparktuneError(
+                f"At step {step} {len(broken)} of {len(names)} gradients are NaN or infinite: {_some(broken)}. "
+                "Try --dtype float32; if that helps, the base weights or the kernels overflow in the lower precision."
+            )
+        zero = [name for name, (_, moves) in zip(names, facts, strict=True) if not moves]
+        expected = [name for name in zero if "lora_A" in name and step == 1]
+        note = f"Step {step}: all {len(names)} trainable tensors have finite gradients"
+        if expected:
+            note += f"; {len(expected)} lora_A ones are zero, as they must be while every lora_B is still zero"
+        self.say(note + ".")
+        others = [name for name in zero if name not in set(expected)]
+        if others:
+            self.say(f"Warning: {len(others)} other gradients are exactly zero at step {step}: {_some(others)}.")
+
+    def _check_finite(self, step: int, loss: float, grad_norm: float, batches: Sequence[MicroBatch]) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        lines = sorted({line for batch in batches for line in self.train.lines(batch)})
+        what = f"The loss is {loss}" if not math.isfinite(loss) else f"The gradient norm is {grad_norm}"
+        good = f"checkpoint-{self._saved_step} is still good" if self._saved_step else "there is no checkpoint yet"
+        raise SparktuneError(
+            f"{what} at step {step}, so training stopped; {good}. The step's examples are on lines "
+            f"{_some([str(n) for n in lines])} of {self.plan.data}. Look at those rows, or lower --learning-rate "
+            f"(now {self.plan.learning_rate:g})."
+        )
+
+    # -- after a step
+
+    def _after_step(self) -> None:
+        """Evaluates, samples, saves and stops where due; at step 0 it says where the run starts from."""
+        step, total = self.state.step, self.length.total_steps
+        ends = step == total
+        self.state.pending = False
+        due = self.evaluation is not None and (step % self.eval_steps == 0 or ends)
+        improved = False
+        if due:
+            value = self._evaluate()
+            if value is None:
+                self.state.pending = True
+                self._stop()
+            improved = self._note_evaluation(value)
+        if step % self.sample_steps == 0 or ends:
+            self._sample()
+        keep_best = improved and self.plan.early_stopping is not None and step > 0
+        if step and (step % self.save_steps == 0 or ends or keep_best):
+            self._save()
+        if self.stop.requested and not ends:
+            self._stop()
+
+    def _evaluate(self) -> float | None:
+        """Returns the mean cross-entropy over the held-out supervised tokens; None when a stop was asked for."""
+        assert self.evaluation is not None
+        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        supervised = 0
+        for index in range(len(self.evaluation)):
+            if self.stop.requested:
+                return None
+            batch = self.evaluation.micro_batch(0, index)
+            supervised += batch.supervised_tokens
+            total += self.engine.loss_sum(batch)
+        return total.item() / supervised if supervised else math.nan
+
+    def _note_evaluation(self, value: float) -> bool:
+        """Logs an evaluation loss. Returns whether it is the lowest so far."""
+        state = self.state
+        if math.isnan(value):
+            self.say("Evaluation found no supervised token in the held-out rows; give a larger --eval-split.")
+            return False
+        epoch = round(self.length.epoch_after(state.step), 6)
+        self.log.evaluation({"step": state.step, "epoch": epoch, "eval_loss": value})
+        self.say(f"step {state.step}: evaluation loss {value:.4f}")
+        if state.best_eval_loss is None or value < state.best_eval_loss:
+            state.best_eval_loss, state.best_step, state.evals_without_gain = value, state.step, 0
+            return True
+        state.evals_without_gain += 1
+        return False
+
+    def _sample(self) -> None:
+        for prompt in self.prompts:
+            answer = self.engine.generate(prompt.ids, self.max_new_tokens, self.stop_ids)
+            self.log.sample(self.state.step, prompt.text, self.decode(answer))
+
+    def _out_of_patience(self) -> bool:
+        limit = self.plan.early_stopping
+        return limit is not None and self.state.evals_without_gain >= limit
+
+    # -- keeping
+
+    def _save(self) -> None:
+        if self._saved_step == self.state.step and not self.state.pending and self.state.step:
+            return
+        self.state.metrics_bytes, self.state.samples_bytes = self.log.sync()
+        path = save_checkpoint(self.run.root, self.state, self.engine.state(), self.engine.export, self.result_name)
+        self._saved_step = self.state.step
+        best = {self.state.best_step} if self.plan.early_stopping is not None and self.state.best_step else set()
+        rotate(self.run.root, self.plan.keep_checkpoints, {step for step in best if step is not None})
+        self.say(f"step {self.state.step}: saved {path.name}")
+
+    def _stop(self) -> None:
+        """Saves and leaves, as the user asked."""
+        self._save()
+        path = self.run.checkpoint(self.state.step)
+        raise StoppedResumable(
+            f"Stopped after step {self.state.step} of {self.length.total_steps}, as you asked. Go on with: "
+            f"python train.py --resume-from-checkpoint {path}"
+        )
+
+    def _take_best(self) -> None:
+        """With early stopping, the result is the evaluation that was best, not the last one."""
+        best = self.state.best_step
+        if self.plan.early_stopping is None or not best or best == self.state.step:
+            return
+        checkpoint = self.run.checkpoint(best)
+        if not checkpoint.is_dir():
+            self.say(f"Warning: {checkpoint}, the lowest evaluation loss, is gone; the result is step {self.state.step}.")
+            return
+        validate(checkpoint)
+        self.engine.load_state(load_engine_state(checkpoint))
+        self.say(f"The result is step {best}, which had the lowest evaluation loss.")
+
+    def _export(self) -> Path:
+        """Writes `adapter/` or `weights/`; the folder appears by rename."""
+        final = self.run.root / self.result_name
+        partial = self.run.root / f".{self.result_name}.partial"
+        old = self.run.root / f".{self.result_name}.old"
+        try:
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir()
+            self.engine.export(partial)
+            sync_tree(partial)
+            if final.exists():
+                os.replace(final, old)
+            os.replace(partial, final)
+            sync_folder(self.run.root)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise storage_error(error, f"the trained {self.result_name} in {self.run.root}") from error
+        return final
+
+
+def _some(names: Sequence[str]) -> str:
+    """Up to ten names, then a count."""
+    shown = ", ".join(names[:10])
+    return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
