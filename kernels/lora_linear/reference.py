@@ -1,0 +1,44 @@
+"""A group of projections that share their input, with LoRA adapters; plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["lora_linear_reference"]
+
+
+def lora_linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor, lora_b: torch.Tensor,
+    out_sizes: Sequence[int], scale: float, dropout_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns x W^T + bias + scale * (x * mask) A_i^T B_i^T, the projections' outputs side by side.
+
+    Projection i owns the columns of `out_sizes[i]`. The first G = lora_a.shape[0] / r projections have adapters, where
+    r = lora_b.shape[1]; those after them (in_proj_b and in_proj_a by default) have none.
+
+    Args:
+        x: [T, in].
+        weight: [sum(out_sizes), in].
+        bias: [sum(out_sizes)] or None.
+        lora_a: [G * r, in], the rows i * r to (i + 1) * r of projection i; any dtype, used in x's.
+        lora_b: [sum(out_sizes[:G]), r].
+        out_sizes: output width of each projection.
+        scale: alpha / r or alpha / sqrt(r).
+        dropout_mask: [T, in] of x's dtype, 0 or 1 / (1 - p); one mask for the group. None for no dropout.
+
+    Returns:
+        [T, sum(out_sizes)] of x's dtype.
+    """
+    rank = lora_b.shape[1]
+    adapted = list(out_sizes[: lora_a.shape[0] // rank])
+    base = F.linear(x, weight, bias)
+    low = F.linear(x if dropout_mask is None else x * dropout_mask, lora_a.to(x.dtype))
+    deltas = [
+        F.linear(part, up) for part, up in zip(low.split(rank, dim=-1), lora_b.to(x.dtype).split(adapted), strict=True)
+    ]
+    rest = base.shape[-1] - sum(adapted)
+    delta = torch.cat(deltas, dim=-1) if len(deltas) > 1 else deltas[0]
+    return base + scale * (F.pad(delta, (0, rest)) if rest else delta)

@@ -1,0 +1,115 @@
+"""Which implementation each op uses: chosen once, when the model is built, with the reason.
+
+To add a fused implementation, put its function behind the reference's signature into `kernels/<op>/function.py` and add
+one `Candidate` to `_FUSED`; candidates are asked in order, and the reference is what remains.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sparktune.kernels.attention_prologue.reference import attention_prologue_reference
+from sparktune.kernels.causal_conv1d.reference import causal_conv1d_reference
+from sparktune.kernels.gated_delta_rule.reference import gated_delta_rule_reference, gdn_gates_reference
+from sparktune.kernels.gated_rms_norm.reference import gated_rms_norm_reference
+from sparktune.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from sparktune.kernels.lora_linear.reference import lora_linear_reference
+from sparktune.kernels.rms_norm.reference import add_rms_norm_reference, rms_norm_reference
+from sparktune.kernels.shape import ModelShape
+from sparktune.kernels.sigmoid_gate.reference import sigmoid_gate_reference
+from sparktune.kernels.silu_mul.reference import silu_mul_reference
+from sparktune.kernels.varlen_attention.reference import varlen_attention_reference
+
+__all__ = ["OPS", "Candidate", "OpTable", "reference_ops", "select_ops"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpTable:
+    """One callable an op; signatures in docs/architecture.md."""
+
+    rms_norm: Callable[..., torch.Tensor]
+    add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    gated_rms_norm: Callable[..., torch.Tensor]
+    silu_mul: Callable[..., torch.Tensor]
+    attention_prologue: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+    sigmoid_gate: Callable[..., torch.Tensor]
+    causal_conv1d: Callable[..., torch.Tensor]
+    gdn_gates: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    gated_delta_rule: Callable[..., torch.Tensor]
+    varlen_attention: Callable[..., torch.Tensor]
+    linear_cross_entropy: Callable[..., torch.Tensor]
+    lora_linear: Callable[..., torch.Tensor]
+    reasons: dict[str, str]
+    """Op -> the implementation chosen and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A fused implementation that may serve an op."""
+
+    name: str
+    """What logs call it, for example triton."""
+    module: str
+    """Module that holds the function; imported only when the candidate is chosen."""
+    function: str
+    objection: Callable[[torch.device, torch.dtype, ModelShape], str]
+    """Returns why it cannot serve this device, type and model; empty when it can. Must not import the module."""
+
+
+_REFERENCES: dict[str, Callable[..., object]] = {
+    "rms_norm": rms_norm_reference,
+    "add_rms_norm": add_rms_norm_reference,
+    "gated_rms_norm": gated_rms_norm_reference,
+    "silu_mul": silu_mul_reference,
+    "attention_prologue": attention_prologue_reference,
+    "sigmoid_gate": sigmoid_gate_reference,
+    "causal_conv1d": causal_conv1d_reference,
+    "gdn_gates": gdn_gates_reference,
+    "gated_delta_rule": gated_delta_rule_reference,
+    "varlen_attention": varlen_attention_reference,
+    "linear_cross_entropy": linear_cross_entropy_reference,
+    "lora_linear": lora_linear_reference,
+}
+OPS = tuple(_REFERENCES)
+"""Names of all ops."""
+
+_FUSED: dict[str, tuple[Candidate, ...]] = {}
+"""Op -> its fused candidates, best first."""
+
+
+def _choose(op: str, device: torch.device, dtype: torch.dtype, spec: ModelShape) -> tuple[Callable[..., object], str]:
+    refused = []
+    for candidate in _FUSED.get(op, ()):
+        objection = candidate.objection(device, dtype, spec)
+        if not objection:
+            function = getattr(importlib.import_module(candidate.module), candidate.function)
+            return function, "; ".join([f"{candidate.name} on {device.type}", *refused])
+        refused.append(f"not {candidate.name}: {objection}")
+    why = "; ".join(refused) if refused else f"no fused implementation for {device.type}"
+    return _REFERENCES[op], f"reference ({why})"
+
+
+def select_ops(device: torch.device, dtype: torch.dtype, spec: ModelShape) -> OpTable:
+    """Chooses an implementation for every op and logs each choice once.
+
+    Args:
+        device: where the model runs.
+        dtype: compute type of the activations.
+        spec: shape of the model.
+    """
+    chosen = {op: _choose(op, device, dtype, spec) for op in OPS}
+    for op, (_, reason) in chosen.items():
+        _log.info("%s: %s", op, reason)
+    return OpTable(**{op: f for op, (f, _) in chosen.items()}, reasons={op: why for op, (_, why) in chosen.items()})
+
+
+def reference_ops() -> OpTable:
+    """Returns the references for every op: the oracle, on any device."""
+    return OpTable(**_REFERENCES, reasons=dict.fromkeys(OPS, "reference (asked for)"))
