@@ -280,7 +280,7 @@ class TrainingLoop:
     # -- keeping
 
     def _save(self) -> None:
-        if self._saved_step == self.state.step and not self.state.pending and self.state.step:
+        if self._saved_step == self.state.step and not self.state.pending:
             return
         self.state.metrics_bytes, self.state.samples_bytes = self.log.sync()
         path = save_checkpoint(self.run.root, self.state, self.engine.state(), self.engine.export, self.result_name)
@@ -290,7 +290,11 @@ class TrainingLoop:
         self.say(f"step {self.state.step}: saved {path.name}")
 
     def _stop(self) -> None:
-        """Saves and leaves, as the user asked."""
+        """Saves and leaves, as the user asked. Before the first step there is nothing to save."""
+        if self.state.step == 0:
+            raise StoppedResumable(
+                f"Stopped before the first step, as you asked. Go on with: python train.py --config {self.run.plan}"
+            )
         self._save()
         path = self.run.checkpoint(self.state.step)
         raise StoppedResumable(
@@ -305,7 +309,10 @@ class TrainingLoop:
             return
         checkpoint = self.run.checkpoint(best)
         if not checkpoint.is_dir():
-            self.say(f"Warning: {checkpoint}, the lowest evaluation loss, is gone; the result is step {self.state.step}.")
+            self.say(
+                f"Warning: {checkpoint}, which had the lowest evaluation loss, is gone; the result is step "
+                f"{self.state.step} instead."
+            )
             return
         validate(checkpoint)
         self.engine.load_state(load_engine_state(checkpoint))

@@ -1,0 +1,133 @@
+"""AdamW over full-precision masters: low-precision weights never lose a small update or a small gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+__all__ = ["MasterAdamW"]
+
+
+class MasterAdamW:
+    """Decoupled AdamW with clipping by global norm.
+
+    A float32 or float64 parameter is its own master. A bfloat16 or float16 one gets a float32 master; its gradient is
+    added to the master's in float32 after every backward pass, so accumulation over micro-batches rounds nothing.
+
+    Args:
+        named_parameters: (name, parameter) of everything that learns, each once.
+        betas: decay rates of the moments.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled decay, applied to tensors of two and more dimensions only.
+        max_grad_norm: largest global norm of the gradients; 0 does not clip.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019); torch.optim.AdamW does the arithmetic.
+    """
+
+    def __init__(
+        self, named_parameters: Sequence[tuple[str, nn.Parameter]], *, betas: tuple[float, float], eps: float,
+        weight_decay: float, max_grad_norm: float,
+    ) -> None:
+        self.max_grad_norm = max_grad_norm
+        self._masters: dict[str, nn.Parameter] = {}
+        self._rounded: list[tuple[nn.Parameter, nn.Parameter]] = []
+        for name, parameter in named_parameters:
+            self._masters[name] = self._master_of(parameter)
+        groups = [
+            {"params": [m for m in self._masters.values() if m.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self._masters.values() if m.ndim < 2], "weight_decay": 0.0},
+        ]
+        on_gpu = any(m.is_cuda for m in self._masters.values())
+        self._adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True if on_gpu else None,
+        )
+        for master in self._masters.values():
+            # Made here rather than at the first step, so that state() is complete from the start.
+            self._adamw.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device if on_gpu else "cpu"),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+
+    def _master_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.dtype in (torch.float32, torch.float64):
+            return parameter
+        master = nn.Parameter(parameter.detach().float())
+        parameter.register_post_accumulate_grad_hook(_adds_to(master))
+        self._rounded.append((parameter, master))
+        return master
+
+    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Yields (name, full-precision gradient or None)."""
+        for name, master in self._masters.items():
+            yield name, master.grad
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> torch.Tensor:
+        """Clips, updates the masters, rounds them into the weights, drops the gradients.
+
+        Returns the global norm before clipping, a 0-d tensor on the device; nothing here synchronises.
+        """
+        gradients = [m.grad for m in self._masters.values() if m.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.max_grad_norm > 0:
+            scale = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(gradients, scale)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        self._round()
+        return norm
+
+    def _round(self) -> None:
+        for parameter, master in self._rounded:
+            parameter.copy_(master)
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        """Returns name -> full-precision weight."""
+        return {name: master.detach() for name, master in self._masters.items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns masters, moments and the step count, by flat names."""
+        state: dict[str, torch.Tensor] = {}
+        for name, master in self._masters.items():
+            own = self._adamw.state[master]
+            state[f"master.{name}"] = master.detach()
+            state[f"exp_avg.{name}"] = own["exp_avg"]
+            state[f"exp_avg_sq.{name}"] = own["exp_avg_sq"]
+            state[f"adam_step.{name}"] = own["step"]
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores what `state()` gave. Raises ValueError naming missing, unexpected or misshapen entries."""
+        mine = self.state()
+        wrong = [f"{name} is missing" for name in mine if name not in state]
+        wrong += [f"{name} is unexpected" for name in state if name not in mine]
+        wrong += [
+            f"{name} is {list(state[name].shape)} {state[name].dtype}, expected {list(own.shape)} {own.dtype}"
+            for name, own in mine.items()
+            if name in state and (state[name].shape != own.shape or state[name].dtype != own.dtype)
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""))
+        for name, own in mine.items():
+            own.copy_(state[name])
+        self._round()
+
+
+def _adds_to(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
+    """Returns a hook that moves a fresh gradient into the master's, in float32."""
+
+    def hook(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None, "called after a gradient was accumulated"
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook
