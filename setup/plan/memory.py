@@ -1,0 +1,274 @@
+"""The only predictor of a training run's peak memory: pure arithmetic over the plan and the model's shape.
+
+An ESTIMATE until it is calibrated against measured peaks; every message that quotes it says so. The peak is
+
+    weights + trained state + kept activations + the largest working set of one moment + runtime
+
+with, per parameter, e bytes of the compute type (bfloat16 2, float32 4, float64 8):
+
+    weights        e for each frozen parameter; 4-bit base: 0.516 for projections (NF4, double quantisation), e for the
+                   rest, and one dequantised projection among the working set
+    LoRA state     4 + 4 + 8 (fp32 master, gradient, AdamW moments), and e for a compute copy where e is not 4
+    full state     as LoRA's; with 8-bit moments e (stochastically rounded weights) + e (gradient) + 2
+    activations    per token and layer, see `_layer_floats`; `norms` drops what a norm or silu * up can give again,
+                   `layer` keeps a layer's input only, and `all` only every k-th of those, k = sqrt(layers)
+    working set    one layer's activations while it is computed again; the head: a chunk of logits, three times
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from sparktune.setup.plan.errors import MemoryBudgetError
+from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
+
+__all__ = [
+    "ADAPTED", "HEAD_CHUNK_ROWS", "PeakEstimate", "adapter_parameters", "check_fits", "longest_row_tokens",
+    "predict_peak", "projection_shapes",
+]
+
+GIB = 2**30
+Policy = Literal["none", "norms", "layer", "all"]
+_POLICIES: tuple[Policy, ...] = ("none", "norms", "layer", "all")
+
+HEAD_CHUNK_ROWS = 1024
+"""Supervised rows whose logits exist at once."""
+ADAPTED = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj_qkv", "in_proj_z", "out_proj",
+)
+"""Projections that get an adapter by default: all large ones (facts: a and b of the GDN are tiny)."""
+
+_NF4_BYTES = 0.516
+_GDN_CHUNK = 64
+# An allocator's slack and the process itself: torch with its libraries holds about 0.4 GiB of host memory before the
+# first tensor; a CUDA context about as much of the device's. Estimates.
+_RUNTIME_GIB = 0.45
+_SLACK = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakEstimate:
+    """Predicted memory of a training process at its highest, in GiB, by what holds it."""
+
+    policy: Policy
+    """Recompute policy it was computed for."""
+    tokens: int
+    """Tokens of the largest micro-batch."""
+    weights_gib: float
+    trained_gib: float
+    """Masters, gradients and optimiser moments."""
+    activations_gib: float
+    """Kept from forward to backward."""
+    working_gib: float
+    """The largest set that exists for a moment."""
+    runtime_gib: float
+
+    @property
+    def total_gib(self) -> float:
+        """The predicted peak."""
+        return self.weights_gib + self.trained_gib + self.activations_gib + self.working_gib + self.runtime_gib
+
+    def describe(self) -> str:
+        """Returns the sum in one line."""
+        return (
+            f"estimate {self.total_gib:.1f} GiB = weights {self.weights_gib:.1f} + trained state {self.trained_gib:.1f}"
+            f" + activations {self.activations_gib:.1f} ({self.tokens} tokens, recompute {self.policy})"
+            f" + working set {self.working_gib:.1f} + runtime {self.runtime_gib:.1f}"
+        )
+
+
+def projection_shapes(spec: ModelSpec) -> dict[str, tuple[int, int, int]]:
+    """Returns projection -> (layers that have it, in, out)."""
+    linear = spec.layer_types.count("linear_attention")
+    attention = spec.num_layers - linear
+    hidden, ffn, head = spec.hidden_size, spec.intermediate_size, spec.head_dim
+    q_out = spec.num_heads * head * (2 if spec.attention_gate else 1)
+    shapes = {
+        "q_proj": (attention, hidden, q_out),
+        "k_proj": (attention, hidden, spec.num_kv_heads * head),
+        "v_proj": (attention, hidden, spec.num_kv_heads * head),
+        "o_proj": (attention, spec.num_heads * head, hidden),
+        "gate_proj": (spec.num_layers, hidden, ffn),
+        "up_proj": (spec.num_layers, hidden, ffn),
+        "down_proj": (spec.num_layers, ffn, hidden),
+    }
+    if linear:
+        values = spec.gdn_value_heads * spec.gdn_value_dim
+        shapes["in_proj_qkv"] = (linear, hidden, 2 * spec.gdn_key_heads * spec.gdn_key_dim + values)
+        shapes["in_proj_z"] = (linear, hidden, values)
+        shapes["out_proj"] = (linear, values, hidden)
+    return shapes
+
+
+def adapter_parameters(spec: ModelSpec, rank: int, targets: list[str] | None = None) -> int:
+    """Returns the parameters of LoRA adapters of `rank` on `targets` (all large projections when None)."""
+    wanted = set(targets or ADAPTED)
+    return sum(n * rank * (i + o) for name, (n, i, o) in projection_shapes(spec).items() if name in wanted)
+
+
+def longest_row_tokens(plan: Plan, report: DatasetReport) -> int:
+    """Returns the tokens of the largest micro-batch: full packs, or the longest example riding alone."""
+    longest = min(report.lengths.max, plan.max_seq_length)
+    pack = plan.pack_length if plan.pack and plan.pack_length else longest
+    return max(longest, pack) * plan.per_device_batch_size
+
+
+def predict_peak(
+    plan: Plan, spec: ModelSpec, machine: Machine, *, tokens: int, longest: int, policy: Policy | None = None
+) -> PeakEstimate:
+    """Predicts the peak of one training process. No I/O, no measurement: an estimate.
+
+    Args:
+        plan: `mode` auto counts as lora; a rank left out counts as 16.
+        spec: the model's shape.
+        machine: where it runs; the CPU's plain references keep more than the fused kernels do.
+        tokens: tokens of the largest micro-batch.
+        longest: the longest document in it.
+        policy: recompute policy; left out, the plan's own (auto: none on a CPU, layer on a GPU).
+    """
+    policy = policy or _policy_of(plan, machine)
+    fused = machine.device == "cuda"
+    e = _compute_bytes(plan, machine)
+    weights, trained = _static_bytes(plan, spec, e)
+    floats = [_layer_floats(spec, kind, plan, fused, longest) for kind in spec.layer_types]
+    hidden = spec.hidden_size
+    heaviest = max(full for full, _ in floats)
+    if policy == "none":
+        kept, moment = sum(full for full, _ in floats), 0.0
+    elif policy == "norms":
+        kept, moment = sum(full - again for full, again in floats), max(again for _, again in floats)
+    else:
+        group = 1 if policy == "layer" else math.isqrt(spec.num_layers)
+        kept = hidden * math.ceil(spec.num_layers / group)
+        moment = heaviest + hidden * (group - 1)
+    # The stream's gradient and one layer's gradients exist beside whatever is kept.
+    moment += 2 * hidden + 2 * spec.intermediate_size
+    head_rows = min(HEAD_CHUNK_ROWS, tokens)
+    head = head_rows * spec.vocab_size * (e + 4 + 4) + 2 * tokens * hidden * e
+    working = max(tokens * moment * e, head)
+    if plan.mode == "qlora":
+        working += max(i * o for _, i, o in projection_shapes(spec).values()) * e
+    dynamic = tokens * kept * e
+    runtime = _RUNTIME_GIB + _SLACK * (weights + trained + dynamic + working) / GIB
+    return PeakEstimate(
+        policy=policy, tokens=tokens, weights_gib=weights / GIB, trained_gib=trained / GIB,
+        activations_gib=dynamic / GIB, working_gib=working / GIB, runtime_gib=runtime,
+    )
+
+
+def check_fits(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> PeakEstimate:
+    """Returns the plan's estimate, or refuses a plan that the machine cannot hold.
+
+    Raises:
+        MemoryBudgetError: the estimate exceeds `machine.memory_gib`; the message names changes that would fit.
+    """
+    tokens, longest = longest_row_tokens(plan, report), min(report.lengths.max, plan.max_seq_length)
+    estimate = predict_peak(plan, spec, machine, tokens=tokens, longest=longest)
+    if estimate.total_gib <= machine.memory_gib:
+        return estimate
+    ways = _ways_out(plan, spec, report, machine)
+    advice = f"Pass {' or '.join(ways)}." if ways else (
+        "No setting of pack length, recomputation or method fits; use a smaller model or a larger machine."
+    )
+    raise MemoryBudgetError(
+        f"Training {plan.model} this way needs about {estimate.total_gib:.1f} GiB, but {machine.memory_gib:.1f} GiB "
+        f"is there ({estimate.describe()}). {advice}"
+    )
+
+
+def _ways_out(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[str]:
+    """Returns flags that would make the plan fit, least intrusive first; at most three."""
+    ways: list[str] = []
+
+    def fits(**changes: object) -> bool:
+        other = plan.model_copy(update=changes)
+        tokens, longest = longest_row_tokens(other, report), min(report.lengths.max, other.max_seq_length)
+        return predict_peak(other, spec, machine, tokens=tokens, longest=longest).total_gib <= machine.memory_gib
+
+    now = _policy_of(plan, machine)
+    for policy in _POLICIES[_POLICIES.index(now) + 1 :]:
+        if fits(recompute=policy):
+            ways.append(f"--recompute {policy}")
+            break
+    if plan.per_device_batch_size > 1 and fits(per_device_batch_size=1):
+        ways.append("--per-device-batch-size 1")
+    longest = min(report.lengths.max, plan.max_seq_length)
+    if plan.pack and plan.pack_length and plan.pack_length > longest:
+        shorter = _halve_until(plan.pack_length, max(longest, 128), lambda n: fits(pack_length=n))
+        ways += [f"--pack-length {shorter}"] if shorter else []
+    start = max(longest, plan.pack_length or 0)
+    shorter = _halve_until(start, 256, lambda n: fits(max_seq_length=n, pack_length=n if plan.pack else None))
+    if shorter:
+        ways.append(f"--max-seq-length {shorter}" + (f" --pack-length {shorter}" if plan.pack else ""))
+    if plan.mode == "full" and fits(mode="lora"):
+        ways.append("--mode lora")
+    if plan.mode != "qlora" and machine.device == "cuda" and fits(mode="qlora"):
+        ways.append("--mode qlora")
+    return ways[:3]
+
+
+def _halve_until(start: int, least: int, fits: Callable[[int], bool]) -> int | None:
+    length = start // 2
+    while length >= least:
+        if fits(length):
+            return length
+        length //= 2
+    return None
+
+
+def _policy_of(plan: Plan, machine: Machine) -> Policy:
+    if plan.recompute != "auto":
+        return plan.recompute
+    return "none" if machine.device == "cpu" else "layer"
+
+
+def _compute_bytes(plan: Plan, machine: Machine) -> int:
+    dtype = plan.dtype if plan.dtype != "auto" else ("bfloat16" if machine.device == "cuda" else "float32")
+    return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
+
+
+def _static_bytes(plan: Plan, spec: ModelSpec, e: int) -> tuple[float, float]:
+    """Returns (weights, trained state) in bytes."""
+    if plan.mode == "full":
+        if plan.optimizer == "adamw":
+            return spec.parameters * (0 if e == 4 else e), spec.parameters * 16
+        return spec.parameters * e, spec.parameters * (e + 2)
+    adapters = adapter_parameters(spec, plan.lora_r or 16, plan.target_modules)
+    trained = adapters * (16 + (0 if e == 4 else e))
+    if plan.mode != "qlora":
+        return spec.parameters * e, trained
+    quantised = sum(n * i * o for n, i, o in projection_shapes(spec).values())
+    return quantised * _NF4_BYTES + (spec.parameters - quantised) * e, trained
+
+
+def _layer_floats(spec: ModelSpec, kind: str, plan: Plan, fused: bool, longest: int) -> tuple[float, float]:
+    """Returns (elements kept per token by one layer, those of them that `norms` computes again).
+
+    A projection keeps its input; a norm its input; the mixers q, k, v and their output; silu * up both factors.
+    Unfused references keep about twice that (fp32 copies inside norms, masks, intermediate products), attention's
+    also a score for each earlier token of the document and head.
+    """
+    hidden, ffn = spec.hidden_size, spec.intermediate_size
+    norms = 2 * hidden + ffn  # two normed inputs, and silu(gate) * up
+    mlp = 2 * hidden + 3 * ffn  # the stream, its norm; gate, up and their product
+    rank = 0 if plan.mode == "full" else (plan.lora_r or 16)
+    if kind == "linear_attention":
+        keys = spec.gdn_key_heads * spec.gdn_key_dim
+        values = spec.gdn_value_heads * spec.gdn_value_dim
+        # qkv before and after the convolution, z, the rule's output and its gated norm; per chunk one state a head.
+        state = spec.gdn_value_heads * spec.gdn_key_dim * spec.gdn_value_dim / _GDN_CHUNK
+        mixer = 2 * (2 * keys + values) + 3 * values + state
+        again, adapters = values, 7
+        extra = 2 * state if not fused else 0.0
+    else:
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        gate = 2 * q if spec.attention_gate else 0
+        mixer = 3 * q + 3 * kv + gate
+        again, adapters = q + kv, 7
+        window = min(longest, spec.sliding_window or longest)
+        extra = 2.0 * spec.num_heads * window if not fused else 0.0
+    full = 2 * hidden + mixer + mlp + adapters * rank  # the mixer's half: the stream and its norm
+    return (full if fused else 2 * full + extra), float(norms + again)
