@@ -1,0 +1,190 @@
+"""Folders that appear whole or not at all: built as NAME.partial, synced, renamed. Large copies, free space."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sparktune.setup.plan.errors import PreflightError, SparktuneError, UsageError
+
+__all__ = ["build_folder", "check_free_space", "copy_file", "gib", "link_or_copy", "write_durably"]
+
+_MARK = ".sparktune-partial"
+_COPY_STEP = 64 * 2**20
+# The kernel refuses copy_file_range between some file systems, or knows it not at all; reading and writing still works.
+_NO_RANGE_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF)
+
+
+def gib(n_bytes: int) -> str:
+    """Returns a size for people: GiB with two digits, or MiB below a tenth of a GiB."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 / 10 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def check_free_space(folder: Path, needs_bytes: int, what: str) -> None:
+    """Raises PreflightError when the file system of `folder` (or of its nearest parent) has not `needs_bytes` free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needs_bytes:
+        raise PreflightError(
+            f"{what} needs {gib(needs_bytes)} in {folder.parent}, but {gib(free)} is free there. "
+            "Free some space, or point --output at another disk."
+        )
+
+
+def _explain(error: OSError, folder: Path) -> SparktuneError:
+    """Turns an operating system's refusal into a sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SparktuneError(
+            f"The disk of {folder.parent} is full ({error.strerror}); {folder} was not made. Free some space, or point "
+            "--output at another disk, and start again."
+        )
+    refused = Path(error.filename) if isinstance(error.filename, str) else folder
+    if not refused.is_relative_to(folder.parent) and not folder.is_relative_to(refused):
+        return PreflightError(f"{refused} cannot be read: {error.strerror or error}. {folder} was not made.")
+    return PreflightError(
+        f"{folder} cannot be written: {error.strerror or error} ({refused}). Give a folder you may write to."
+    )
+
+
+def _start(folder: Path, replace: Callable[[Path], bool] | None) -> Path:
+    if (folder.exists() or folder.is_symlink()) and not (replace and replace(folder)):
+        raise UsageError(
+            f"{folder} exists already and is left as it is. Remove it, or choose another name (--name) or folder "
+            "(--output)."
+        )
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        if not (partial / _MARK).is_file():
+            raise UsageError(f"{partial} is in the way and was not made by this program. Move it elsewhere.")
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    (partial / _MARK).touch()
+    return partial
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    (partial / _MARK).unlink()
+    for file in sorted(partial.rglob("*")):
+        _sync(file)
+    _sync(partial)
+    if folder.exists():
+        # rename cannot replace a filled folder: the old one steps aside first and goes once the new one stands
+        old = folder.with_name(folder.name + ".old.partial")
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(folder, old)
+        (old / _MARK).touch()
+        os.rename(partial, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(partial, folder)
+    _sync(folder.parent)
+
+
+@contextlib.contextmanager
+def build_folder(
+    folder: Path, *, needs_bytes: int, what: str, replace: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
+    """Yields `FOLDER.partial` to fill; it becomes `folder` by rename, after fsync, when the block ends without error.
+
+    After an error or an interruption nothing is left; after a kill, `FOLDER.partial` is, and the next call removes it.
+
+    Args:
+        folder: the final name.
+        needs_bytes: predicted size, checked against the free space before anything is written.
+        what: the work's name for messages, for instance "The merged model".
+        replace: says whether an existing `folder` is ours to replace; without it, it never is.
+
+    Raises:
+        UsageError: `folder` exists and is not ours to replace.
+        PreflightError: too little space, or the folder cannot be written.
+        SparktuneError: the disk filled up meanwhile.
+    """
+    check_free_space(folder, needs_bytes, what)
+    try:
+        partial = _start(folder, replace)
+    except OSError as error:
+        raise _explain(error, folder) from error
+    try:
+        yield partial
+        _publish(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _explain(error, folder) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def copy_file(source: Path, target: Path, progress: Callable[[int], None] | None = None) -> None:
+    """Copies a file's bytes (links followed), sharing blocks where the file system can.
+
+    Args:
+        source: file to read; a link is followed, so that a hub cache's links become real files.
+        target: file to make; must not exist.
+        progress: called with the number of bytes of each step.
+    """
+    with source.open("rb") as src, target.open("xb") as dst:
+        left = os.fstat(src.fileno()).st_size
+        by_range = hasattr(os, "copy_file_range")
+        while left:
+            if by_range:
+                try:
+                    done = os.copy_file_range(src.fileno(), dst.fileno(), min(left, _COPY_STEP))
+                except OSError as error:
+                    if error.errno not in _NO_RANGE_COPY:
+                        raise
+                    by_range, done = False, 0
+                if not done:  # some file systems answer 0 although bytes are left
+                    by_range = False
+                    continue
+            else:
+                piece = os.read(src.fileno(), min(left, _COPY_STEP))
+                if not piece:
+                    raise SparktuneError(f"{source} became shorter while it was copied. Start again.")
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(dst.fileno(), view):]
+                done = len(piece)
+            left -= done
+            if progress:
+                progress(done)
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Hard-links `target` to `source`, or copies where the file system cannot link. Returns whether it is a link."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        copy_file(source, target)
+        return False
+    return True
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a small text file so that `path` holds the old or the new text, never a part of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
