@@ -6,6 +6,7 @@ Legend: T tokens, N documents, nH query heads, nKV key heads, D head dim.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache
@@ -95,7 +96,7 @@ def document_tiles(boundaries: tuple[int, ...], block: int, device: torch.device
     if found is not None:
         _TILES.move_to_end(key)
         return found
-    spans = zip(boundaries[:-1], boundaries[1:], strict=True)
+    spans = itertools.pairwise(boundaries)
     rows = [(start, begin, end) for begin, end in spans for start in range(begin, end, block)]
     # Long programs first, so that a grid's last ones are short and no multiprocessor waits for a straggler.
     rows.sort(key=lambda row: row[0] - row[2] if of_keys else row[1] - row[0])
@@ -121,7 +122,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, boundaries: tuple[
             f"k and v must be [{n_tokens}, nKV, {head_dim}] with nKV dividing {n_heads}; "
             f"got {tuple(k.shape)} and {tuple(v.shape)}."
         )
-    rising = all(a < b for a, b in zip(boundaries[:-1], boundaries[1:], strict=True))
+    rising = all(a < b for a, b in itertools.pairwise(boundaries))
     if len(boundaries) < 2 or boundaries[0] != 0 or boundaries[-1] != n_tokens or not rising:
         raise ValueError(
             f"cu_seqlens must rise strictly from 0 to T = {n_tokens}; got {boundaries[:4]}...{boundaries[-1:]}."

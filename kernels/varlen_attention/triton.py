@@ -57,8 +57,8 @@ def attention_forward_kernel(
 ):
     """o = softmax(scale * q k^T, causal, inside the document) v, and lse = log2 of the softmax's denominator.
 
-    Grid (nH, tiles), heads fastest; a program owns BM queries of one head. `tiles` int32 [tiles, 3]: first query, document's begin,
-    document's end. o [T, nH, D] contiguous, lse fp32 [nH, T].
+    Grid (nH, tiles), heads fastest; a program owns BM queries of one head. `tiles` int32 [tiles, 3]: first query,
+    document's begin, document's end. o [T, nH, D] contiguous, lse fp32 [nH, T].
     """
     i_h, i_t = tl.program_id(0), tl.program_id(1)
     m_start = tl.load(tiles + i_t * 3)
@@ -81,11 +81,13 @@ def attention_forward_kernel(
     else:
         for n_start in range(bos, m_start, BN):
             acc, row_max, row_sum = _softmax_step(
-                acc, row_max, row_sum, b_q, k, v, stride_kt, stride_vt, n_start, o_m, o_n, o_d, eos, qk_scale, WINDOW, False
+                acc, row_max, row_sum, b_q, k, v, stride_kt, stride_vt, n_start, o_m, o_n, o_d, eos, qk_scale,
+                WINDOW, False,
             )
     for n_start in range(masked_from, tl.minimum(m_start + BM, eos), BN):
         acc, row_max, row_sum = _softmax_step(
-            acc, row_max, row_sum, b_q, k, v, stride_kt, stride_vt, n_start, o_m, o_n, o_d, eos, qk_scale, WINDOW, True
+            acc, row_max, row_sum, b_q, k, v, stride_kt, stride_vt, n_start, o_m, o_n, o_d, eos, qk_scale, WINDOW,
+            True,
         )
     keep = o_m < eos
     acc = acc / row_sum[:, None]
@@ -160,7 +162,8 @@ def attention_dq_kernel(
             b_dq, b_q, b_do, b_lse, b_delta, k, v, stride_kt, stride_vt, n_start, o_m, o_n, o_d, eos, qk_scale,
             WINDOW, True,
         )
-    tl.store(dq + (o_m[:, None] * nH + i_h) * D + o_d[None, :], (b_dq * scale).to(dq.dtype.element_ty), mask=keep[:, None])
+    b_dq *= scale
+    tl.store(dq + (o_m[:, None] * nH + i_h) * D + o_d[None, :], b_dq.to(dq.dtype.element_ty), mask=keep[:, None])
 
 
 @triton.jit
