@@ -439,7 +439,8 @@ def test_peak_memory_with_a_tensor_of_one_gib(tmp_path: Path) -> None:
         "save_file({'model.embed_tokens.weight': torch.zeros(8, 2048, dtype=torch.bfloat16), 'lm_head.weight': big,\n"
         "           'model.layers.0.self_attn.q_proj.weight': big[:2048].clone()}, base / 'model.safetensors')\n"
         "(base / 'config.json').write_text(json.dumps({'model_type': 'qwen3', 'num_hidden_layers': 1,\n"
-        " 'hidden_size': 2048, 'num_attention_heads': 16, 'vocab_size': 262144, 'intermediate_size': 8, 'tie_word_embeddings': False}))\n"
+        " 'hidden_size': 2048, 'num_attention_heads': 16, 'vocab_size': 262144,\n"
+        " 'intermediate_size': 8, 'tie_word_embeddings': False}))\n"
         "p = 'base_model.model.lm_head.lora_'\n"
         "save_file({p + 'A.weight': torch.randn(64, 2048), p + 'B.weight': torch.randn(262144, 64)},\n"
         "          adapter / 'adapter_model.safetensors')\n"
@@ -454,7 +455,8 @@ def test_peak_memory_with_a_tensor_of_one_gib(tmp_path: Path) -> None:
     )
     out = tmp_path / "out"
     argv = ["--adapter", str(adapter), "--base", str(base), "--out", str(out)]
-    done = subprocess.run([sys.executable, "-c", measure, *argv], check=True, capture_output=True, text=True, cwd=tmp_path)
+    argv = [sys.executable, "-c", measure, *argv]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True, cwd=tmp_path)
     with_torch, peak_kib = done.stdout.split()[-2:]
     print(f"peak of the merge: {int(peak_kib) / 2**20:.2f} GiB; {done.stdout.splitlines()[0]}")
     assert with_torch == "False"
