@@ -1,0 +1,145 @@
+"""Tables for people: the preflight, the data, the plan with its reasons, the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sparktune.setup import strings
+from sparktune.setup.machine.doctor import Check
+from sparktune.setup.plan.flags import flag_of
+from sparktune.setup.plan.rundir import RunDir
+from sparktune.setup.plan.schema import DatasetReport, Plan, Recommendation
+
+__all__ = ["checks_table", "first_and_last_loss", "next_steps", "plan_table", "report_tables", "result_card", "size_of"]
+
+_ALWAYS = ("model", "data", "mode", "engine", "num_epochs", "eval_split", "max_seq_length", "mtp", "gguf", "backend")
+_STATUS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=bool(columns))
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def checks_table(checks: Sequence[Check]) -> Table:
+    """Shows the preflight."""
+    table = _table(strings.CHECKS_TITLE, "check", "", "seen", "what to do")
+    for check in checks:
+        table.add_row(check.name, Text(check.status, _STATUS[check.status]), escape(check.seen), escape(check.fix))
+    return table
+
+
+def report_tables(report: DatasetReport) -> RenderableType:
+    """Shows what the data is: rows, drops, lengths, packing."""
+    facts = _table(strings.DATA_TITLE, "", "")
+    facts.show_header = False
+    lengths = report.lengths
+    fills = ", ".join(f"{n}: {share:.0%} real tokens" for n, share in report.packing.items())
+    rows: list[tuple[str, str]] = [
+        ("file", f"{report.path} ({report.bytes / 2**20:.1f} MiB)"),
+        ("rows", f"{report.rows:,}: {', '.join(f'{n:,} {kind}' for kind, n in report.formats.items())}"),
+        ("used", f"{report.kept:,}: {report.train_examples:,} to train, {report.eval_examples:,} to evaluate"),
+        ("left out", ", ".join(f"{n:,} {code}" for code, n in report.dropped.items()) or strings.NOTHING),
+        ("tokens", f"{lengths.total:,} in training, {report.supervised_tokens:,} learned "
+                   f"({report.supervised_share:.0%})"),
+        ("length", f"mean {lengths.mean:.0f}, median {lengths.p50}, 90 % up to {lengths.p90}, "
+                   f"99 % up to {lengths.p99}, longest {lengths.max}"),
+        ("kinds", f"{report.multi_turn:,} multi-turn, {report.with_system:,} with a system prompt, "
+                  f"{report.with_thinking:,} with thinking"),
+        ("repeats", f"{report.duplicates:,} exact duplicates, {report.eval_leaks:,} held-out rows also in training"),
+        ("packing", fills or strings.NOTHING),
+    ]
+    for name, text in rows:
+        facts.add_row(name, escape(text))
+    parts: list[RenderableType] = [facts]
+    for problem in report.problems:
+        parts.append(Text(f"line {problem.line}: {problem.code}: {problem.text}", "yellow"))
+    parts += [Text(text, "yellow") for text in report.warnings]
+    return Group(*parts)
+
+
+def show_value(value: Any) -> str:
+    """Returns a plan's value as a person would write it."""
+    if value is None or value == []:
+        return strings.NOTHING
+    if isinstance(value, list):
+        return ", ".join(str(v) for v in value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return os.fspath(value) if isinstance(value, Path) else str(value)
+
+
+def plan_table(plan: Plan, recommendations: Sequence[Recommendation]) -> Table:
+    """Shows the values that matter, where each came from, and why recommended ones are what they are."""
+    table = _table(strings.PLAN_TITLE, "flag", "value", "from", "why")
+    reasons = {r.field: f"{r.reason} [{r.source}]" for r in recommendations}
+    for field in Plan.model_fields:
+        origin = plan.origins.get(field, "default")
+        if field in _ALWAYS or (origin != "default" and field in plan.origins):
+            table.add_row(
+                flag_of(field), escape(show_value(getattr(plan, field))), origin, escape(reasons.get(field, "")),
+            )
+    return table
+
+
+def size_of(path: Path) -> int:
+    """Returns the bytes of a file or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def _size(path: Path) -> str:
+    count = size_of(path)
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def first_and_last_loss(metrics: Path) -> tuple[float, float] | None:
+    """Returns the training loss of the first and the last step, or None before the first."""
+    if not metrics.is_file():
+        return None
+    losses = [e["loss"] for e in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()) if "loss" in e]
+    return (losses[0], losses[-1]) if losses else None
+
+
+def next_steps(plan: Plan, run: RunDir) -> list[str]:
+    """Returns the commands that make sense after a finished run."""
+    name = shlex.quote(run.name)
+    return [
+        f"{strings.run_script()} chat {name}",
+        f"{strings.run_script()} evaluate {name}",
+        f"xdg-open {shlex.quote(str(run.report))}",
+    ]
+
+
+def result_card(plan: Plan, run: RunDir, replay: str, next_steps: Sequence[str]) -> RenderableType:
+    """Shows what a finished run left: figures, files with sizes, the replay command, what to do next."""
+    table = _table(strings.RESULT_TITLE.format(name=run.name), "", "")
+    table.show_header = False
+    losses = first_and_last_loss(run.metrics)
+    if losses:
+        table.add_row("training loss", f"{losses[0]:.4f} -> {losses[1]:.4f}")
+    files = [
+        ("adapter", run.adapter), ("weights", run.weights), ("merged model", run.merged),
+        ("with MTP head", run.mtp(plan.mtp)), *(("GGUF", p) for p in sorted(run.gguf.glob("*.gguf"))),
+        ("report", run.report), ("summary", run.summary),
+    ]
+    for what, path in files:
+        if path.exists():
+            table.add_row(what, escape(f"{path} ({_size(path)})"))
+    parts: list[RenderableType] = [table, Text(strings.REPLAY.format(command=replay))]
+    if next_steps:
+        parts += [Text(strings.NEXT_TITLE), *(Text("  " + step) for step in next_steps)]
+    return Group(*parts)

@@ -1,0 +1,100 @@
+"""What this machine is, found without importing torch: memory, GPU, disk, container engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Literal
+
+from sparktune.setup.plan.schema import Machine
+
+__all__ = ["cpu_count", "detect_machine", "existing_parent", "host_memory_gib", "nvidia_gpus"]
+
+_GIB = 2**30
+_QUERY_S = 20
+
+
+def existing_parent(path: Path) -> Path:
+    """Returns `path`, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def cpu_count() -> int:
+    """Returns the cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cgroup_free_bytes() -> int | None:
+    """Returns what a container's memory limit leaves, or None where there is no limit."""
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, used = Path(limit_file).read_text().strip(), Path(used_file).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit() and int(limit) < 2**60:
+            return max(int(limit) - int(used), 0)
+    return None
+
+
+def host_memory_gib() -> float:
+    """Returns the memory in GiB that a new process may use: available, and within the container's limit."""
+    available = 0
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    except OSError:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _cgroup_free_bytes()
+    return min(available, limit if limit is not None else available) / _GIB
+
+
+def nvidia_gpus() -> list[tuple[str, tuple[int, int], float | None]]:
+    """Returns (name, compute capability, free memory in GiB or None where it is unified) of each NVIDIA GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,compute_cap,memory.free", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=_QUERY_S, check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    gpus = []
+    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
+        name, capability, free = (part.strip() for part in line.rsplit(",", 2))
+        major, _, minor = capability.partition(".")
+        if major.isdigit() and minor.isdigit():
+            # GB10 answers [N/A]: its GPU has no memory of its own
+            gpus.append((name, (int(major), int(minor)), float(free) / 1024 if free.isdigit() else None))
+    return gpus
+
+
+def detect_machine(device: Literal["auto", "cpu", "cuda"], disk: Path) -> Machine:
+    """Describes the machine a plan is made for.
+
+    Args:
+        device: the plan's device; auto takes the first NVIDIA GPU, else the CPU.
+        disk: folder whose free space counts; it need not exist yet.
+    """
+    free_gib = shutil.disk_usage(existing_parent(disk)).free / _GIB
+    gpus = [] if device == "cpu" else nvidia_gpus()
+    if not gpus:
+        return Machine(
+            device="cpu", memory_gib=round(host_memory_gib(), 2), cpu_cores=cpu_count(),
+            disk_free_gib=round(free_gib, 2), docker=shutil.which("docker") is not None,
+        )
+    name, capability, gpu_free_gib = gpus[0]
+    return Machine(
+        device="cuda", gpu_name=name, capability=capability, unified_memory=gpu_free_gib is None,
+        memory_gib=round(host_memory_gib() if gpu_free_gib is None else gpu_free_gib, 2), cpu_cores=cpu_count(),
+        disk_free_gib=round(free_gib, 2), docker=shutil.which("docker") is not None,
+    )

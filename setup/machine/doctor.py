@@ -1,0 +1,206 @@
+"""The preflight: everything that can be known to go wrong before a run starts, checked in seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sparktune.setup.machine.backends import choose_backend, program_root
+from sparktune.setup.machine.detect import existing_parent, host_memory_gib, nvidia_gpus
+from sparktune.setup.plan.errors import ExitCode, SparktuneError
+from sparktune.setup.plan.memory import adapter_parameters
+from sparktune.setup.plan.models import is_adapter_folder, probe, resolve_model_dir
+from sparktune.setup.plan.schema import ModelSpec, Plan
+from sparktune.setup.plan.weights import safetensors_index
+
+__all__ = ["Check", "disk_need_gib", "failures", "run_checks"]
+
+_GIB = 2**30
+_GGUF_BYTES = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}
+_MIN_MEMORY_GIB = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of the preflight."""
+
+    name: str
+    status: Literal["ok", "warning", "failed"]
+    seen: str
+    """What was found."""
+    fix: str = ""
+    """What to do; empty when nothing is to be done."""
+    exit_code: int = ExitCode.PREFLIGHT
+    """What a run that this check stops exits with: a wrong --model is a usage error, missing data a data error."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the check as JSON values."""
+        return asdict(self)
+
+
+def failures(checks: list[Check]) -> list[Check]:
+    """Returns the checks that must be repaired before a run can start."""
+    return [c for c in checks if c.status == "failed"]
+
+
+def disk_need_gib(plan: Plan, spec: ModelSpec, base_gib: float) -> float:
+    """Predicts the disk space a run takes, in GiB: checkpoints, trained result, merged model, GGUF files.
+
+    Args:
+        plan: the run; `auto` mode counts as LoRA.
+        spec: the model's shape.
+        base_gib: size of the base's weight files. An MTP folder hard-links them, so it adds next to nothing.
+    """
+    parameters_gib = spec.parameters / _GIB
+    if plan.mode == "full":
+        # bf16 result, fp32 master and two fp32 moments a checkpoint; one more while it is being written
+        need = parameters_gib * (2 + 14 * (plan.keep_checkpoints + 1))
+    else:
+        adapter_gib = adapter_parameters(spec, plan.lora_r or 32, plan.target_modules) / _GIB
+        need = adapter_gib * (4 + 16 * (plan.keep_checkpoints + 1))
+    gguf = sum(parameters_gib * _GGUF_BYTES.get(kind, 1.0) for kind in plan.gguf)
+    return need + base_gib + gguf
+
+
+def _python(plan: Plan) -> Check:
+    # run.sh starts nothing older than 3.11, and nothing older could have imported this module
+    return Check(name="python", status="ok", seen=f"{platform.python_version()} at {sys.executable}")
+
+
+def _torch(plan: Plan) -> Check:
+    if importlib.util.find_spec("torch") is not None:
+        return Check(name="torch", status="ok", seen="importable here")
+    if (program_root() / ".venvs" / "local" / ".stamp").is_file():
+        return Check(name="torch", status="ok", seen="in the local environment, .venvs/local")
+    return Check(
+        name="torch", status="warning", seen="not installed yet",
+        fix="The first run makes the local environment; do it now with scripts/venv.sh local.",
+    )
+
+
+def _backend(plan: Plan) -> Check:
+    backend, reason = choose_backend(plan)
+    return Check(name="backend", status="ok", seen=f"{backend.name} ({reason})")
+
+
+def _gpu(plan: Plan) -> Check:
+    gpus = nvidia_gpus()
+    if not gpus:
+        if plan.device == "cuda":
+            return Check(
+                name="gpu", status="failed", seen="no NVIDIA GPU answers",
+                fix="Check `nvidia-smi`, or train with --device cpu.",
+            )
+        return Check(name="gpu", status="ok", seen="none; the CPU trains (small models only)")
+    name, (major, minor), free = gpus[0]
+    memory = "memory shared with the CPU" if free is None else f"{free:.1f} GiB free"
+    return Check(name="gpu", status="ok", seen=f"{name}, compute capability {major}.{minor}, {memory}")
+
+
+def _memory(plan: Plan) -> Check:
+    free = host_memory_gib()
+    if free < _MIN_MEMORY_GIB:
+        return Check(
+            name="memory", status="failed", seen=f"{free:.1f} GiB available",
+            fix=f"At least {_MIN_MEMORY_GIB:.0f} GiB is needed to start; close other programs.",
+        )
+    return Check(name="memory", status="ok", seen=f"{free:.1f} GiB available")
+
+
+def _model(plan: Plan) -> Check:
+    spec = probe(plan.model)
+    size = f"{spec.model_type}, {spec.parameters / 1e9:.2f} B parameters"
+    folder = Path(plan.model)
+    if folder.is_dir():
+        where = "adapter folder; its base" if is_adapter_folder(folder) else "local folder"
+        if not is_adapter_folder(folder):
+            safetensors_index(folder)
+        return Check(name="model", status="ok", seen=f"{where}: {size}")
+    return Check(name="model", status="ok", seen=f"hub id {plan.model}: {size}")
+
+
+def _data(plan: Plan) -> Check:
+    for flag, path in (("--data", plan.data), ("--eval-data", plan.eval_data)):
+        if path is None:
+            continue
+        fix = f"Give {flag} a JSONL file that can be read."
+        if not path.exists():
+            return Check(name="data", status="failed", seen=f"{path} does not exist", fix=fix, exit_code=ExitCode.DATA)
+        if not path.is_file():
+            return Check(name="data", status="failed", seen=f"{path} is not a file", fix=fix, exit_code=ExitCode.DATA)
+        if not os.access(path, os.R_OK):
+            return Check(name="data", status="failed", seen=f"{path} may not be read", fix=fix, exit_code=ExitCode.DATA)
+    if plan.data is None:
+        return Check(name="data", status="ok", seen="none given yet")
+    return Check(name="data", status="ok", seen=f"{plan.data}, {plan.data.stat().st_size / 2**20:.1f} MiB")
+
+
+def _folders(plan: Plan) -> Check:
+    for flag, path in (("--results", plan.results), ("--output", plan.output)):
+        parent = existing_parent(path)
+        fix = f"Make it writable, or choose another folder with {flag}."
+        if not parent.is_dir():
+            return Check(name="folders", status="failed", seen=f"{parent} is a file, not a folder", fix=fix)
+        try:
+            with tempfile.TemporaryFile(dir=parent) as probe_file:
+                probe_file.write(b"x")
+        except OSError as error:
+            return Check(name="folders", status="failed", seen=f"{parent}: {error.strerror}", fix=fix)
+    return Check(name="folders", status="ok", seen=f"{plan.results} and {plan.output} can be written")
+
+
+def _disk(plan: Plan) -> Check:
+    spec = probe(plan.model)
+    base_gib = spec.parameters * 2 / _GIB
+    folder = Path(plan.model)
+    if folder.is_dir():
+        files = {p.resolve() for p in safetensors_index(resolve_model_dir(plan.model)).values()}
+        base_gib = sum(p.stat().st_size for p in files) / _GIB
+    need = disk_need_gib(plan, spec, base_gib)
+    # two roots may lie on two disks; each must hold all, which errs on the safe side
+    free = min(shutil.disk_usage(existing_parent(p)).free for p in (plan.results, plan.output)) / _GIB
+    seen = f"{free:.1f} GiB free, this run writes about {need:.1f} GiB"
+    if free < need:
+        return Check(
+            name="disk", status="failed", seen=seen,
+            fix="Free some space, choose other folders (--results, --output), or fewer files (--gguf none, "
+            "--keep-checkpoints 1).",
+        )
+    return Check(name="disk", status="ok", seen=seen)
+
+
+def _specs(plan: Plan) -> Check:
+    if (Path.cwd() / "specs").exists():
+        return Check(
+            name="specs", status="warning", seen=f"{Path.cwd()} holds `specs`",
+            fix="Runs are safe (stages work in the run folder); `python train.py` from here is not: gcc reads `specs` "
+            "while Triton compiles. Start it from another folder.",
+        )
+    return Check(name="specs", status="ok", seen="no `specs` in the working directory")
+
+
+_CHECKS: list[tuple[str, Callable[[Plan], Check]]] = [
+    ("python", _python), ("backend", _backend), ("torch", _torch), ("gpu", _gpu), ("memory", _memory),
+    ("model", _model), ("data", _data), ("folders", _folders), ("disk", _disk), ("specs", _specs),
+]
+
+
+def run_checks(plan: Plan) -> list[Check]:
+    """Runs every check on `plan`; a check that cannot be made counts as failed, with its sentence."""
+    checks = []
+    for name, check in _CHECKS:
+        try:
+            checks.append(check(plan))
+        except SparktuneError as error:
+            checks.append(Check(name=name, status="failed", seen=str(error), exit_code=error.exit_code))
+        except OSError as error:
+            checks.append(Check(name=name, status="failed", seen=str(error)))
+    return checks

@@ -1,0 +1,414 @@
+"""Runs a plan's stages as processes, one after the other: state, events, resume, and what a failure says.
+
+The analysis (stage prepare) runs first, in a folder without a name, because name and recommendations follow from the
+data; the folder takes the run's name by rename when the plan is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+
+from sparktune.setup import strings
+from sparktune.setup.cards import next_steps, plan_table, report_tables, result_card
+from sparktune.setup.machine.backends import Backend, StopSignals, choose_backend
+from sparktune.setup.machine.detect import detect_machine
+from sparktune.setup.machine.doctor import failures, run_checks
+from sparktune.setup.plan.config import load_plan, save_plan
+from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
+from sparktune.setup.plan.memory import check_fits
+from sparktune.setup.plan.models import probe
+from sparktune.setup.plan.recommend import apply, recommend
+from sparktune.setup.plan.rundir import RunDir, check_run_name
+from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan, Recommendation
+from sparktune.setup.progress import Display, make_display
+from sparktune.setup.replay import replay_command
+from sparktune.setup.runstate import RunLock, RunState, fingerprint, outputs_of, stage_input, stages_of
+
+__all__ = ["Analysis", "StageFailed", "analyse", "check_name_free", "decide", "resume_pipeline", "run_pipeline", "show_plan", "stop_signals"]
+
+_LOG_TAIL_LINES = 15
+_WIDE = 240
+_PENDING = ".pending-"
+
+
+class StageFailed(SparktuneError):
+    """A stage ended with another code than 0; what there is to say has been said."""
+
+    def __init__(self, stage: str, code: int) -> None:
+        super().__init__(f"the stage {stage} ended with exit code {code}")
+        self.stage = stage
+        self.code = code
+
+
+class _Tail:
+    """Follows a file that a stage appends to, from where it ends now."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        self._start = path.stat().st_size if path.exists() else 0
+        self._rest = b""
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yields the events written since the last call; a line still being written waits."""
+        if self._file is None:
+            if not self._path.exists():
+                return
+            self._file = self._path.open("rb")
+            self._file.seek(self._start)
+        lines = (self._rest + self._file.read()).split(b"\n")
+        self._rest = lines.pop()
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = {"kind": "message", "level": "warning", "text": f"unreadable event in {self._path}"}
+            if isinstance(event, dict):
+                yield event
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class _Runner:
+    """Runs single stages of one run."""
+
+    def __init__(self, plan: Plan, run: RunDir, backend: Backend, display: Display, stop: StopSignals, lock: RunLock):
+        self.plan, self.run, self.backend = plan, run, backend
+        self.display, self.stop, self.lock = display, stop, lock
+
+    def stage(self, stage: str, number: int, count: int, extra: tuple[str, ...] = ()) -> float:
+        """Runs one stage and returns its seconds.
+
+        Raises:
+            StageFailed: its exit code was not 0. The reason and the last log lines have been shown.
+        """
+        self.run.stage_events(stage).parent.mkdir(parents=True, exist_ok=True)
+        tail = _Tail(self.run.stage_events(stage))
+        errors: list[str] = []
+        log_start = self.run.log.stat().st_size if self.run.log.exists() else 0
+        self.display.begin(stage, number, count)
+        begun, code = time.monotonic(), int(ExitCode.INTERRUPTED)
+        with self.run.events.open("a", encoding="utf-8") as events:
+
+            def poll() -> None:
+                for event in tail.read():
+                    events.write(json.dumps(event, ensure_ascii=False) + "\n")
+                    events.flush()
+                    if event.get("kind") == "message" and event.get("level") == "error":
+                        errors.append(str(event.get("text", "")))  # shown below, when the bar is gone
+                    else:
+                        self.display.event(event)
+
+            try:
+                code = self.backend.run_stage(
+                    stage, self.run, self.plan, extra=extra, on_poll=poll, stop=self.stop, lock_fd=self.lock.fd
+                )
+                poll()
+            finally:
+                tail.close()
+                seconds = time.monotonic() - begun
+                self.display.end(stage, seconds, code)
+        if code != ExitCode.OK:
+            if self.stop.count and code != ExitCode.STOPPED:
+                code = int(ExitCode.INTERRUPTED)
+            self._explain(stage, code, errors, log_start)
+            raise StageFailed(stage, code)
+        return seconds
+
+    def _explain(self, stage: str, code: int, errors: list[str], log_start: int) -> None:
+        for text in errors:
+            self.display.say(text, "warning" if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED) else "error")
+        if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
+            return
+        if not errors or code not in set(ExitCode) - {ExitCode.FAILURE}:
+            with self.run.log.open("rb") as log:
+                log.seek(log_start)
+                lines = log.read().decode("utf-8", errors="replace").splitlines()
+            self.display.say(strings.LOG_TAIL.format(stage=stage, code=code, log=self.run.log), "error")
+            for line in lines[-_LOG_TAIL_LINES:]:
+                self.display.say("    " + line)
+
+
+@dataclass(kw_only=True)
+class Analysis:
+    """What is known once the data was read: the base of every recommendation. Its folder has no name yet."""
+
+    run: RunDir
+    spec: ModelSpec
+    report: DatasetReport
+    machine: Machine
+    lock: RunLock
+    input_hash: str
+    seconds: float
+
+    def discard(self) -> None:
+        """Removes the unnamed folder; the token cache stays."""
+        self.lock.close()
+        shutil.rmtree(self.run.root, ignore_errors=True)
+
+
+def check_name_free(plan: Plan) -> None:
+    """Refuses a name that a run already has.
+
+    Raises:
+        UsageError: the name is taken or cannot be a folder's.
+    """
+    if plan.name is None:
+        return
+    run = RunDir(name=check_run_name(plan.name), results_root=plan.results, output_root=plan.output)
+    for path in (run.root, run.merged, run.mtp("trained"), run.mtp("default"), run.gguf):
+        if path.exists():
+            raise UsageError(strings.NAME_TAKEN.format(name=plan.name, path=path))
+
+
+def preflight(plan: Plan, display: Display) -> None:
+    """Runs the doctor's checks on `plan`.
+
+    Raises:
+        StageFailed: a check failed; every failed one has been shown.
+    """
+    checks = run_checks(plan)
+    for check in checks:
+        if check.status == "warning":
+            display.say(strings.CHECK.format(name=check.name, seen=check.seen, fix=check.fix), "warning")
+    failed = failures(checks)
+    for check in failed:
+        display.say(strings.CHECK.format(name=check.name, seen=check.seen, fix=check.fix).rstrip(), "error")
+    if failed:
+        codes = {c.exit_code for c in failed}
+        raise StageFailed("preflight", codes.pop() if len(codes) == 1 else int(ExitCode.PREFLIGHT))
+
+
+def _sweep(results: Path) -> None:
+    """Removes unnamed folders that killed processes left; a live one holds its lock."""
+    for folder in results.glob(_PENDING + "*"):
+        try:
+            RunLock(RunDir.from_root(folder, results)).close()
+        except PreflightError:
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def analyse(plan: Plan, display: Display, stop: StopSignals, count: int = 1) -> Analysis:
+    """Checks the machine, reads every row, and describes the data.
+
+    Args:
+        plan: at least `model` and `data` must be set.
+        display: shows progress.
+        stop: signals.
+        count: stages of the whole run, for the display.
+
+    Raises:
+        StageFailed: the preflight or the stage failed.
+        SparktuneError: the model cannot be read.
+    """
+    preflight(plan, display)
+    backend, reason = choose_backend(plan)
+    display.event({"kind": "choice", "what": "backend", "chosen": backend.name, "reason": reason})
+    try:
+        plan.results.mkdir(parents=True, exist_ok=True)
+        _sweep(plan.results)
+        root = Path(tempfile.mkdtemp(prefix=_PENDING, dir=plan.results))
+    except OSError as error:
+        raise PreflightError(strings.UNWRITABLE.format(path=plan.results, why=error.strerror)) from error
+    root.chmod(0o755)
+    run = RunDir.from_root(root, plan.output)
+    lock = RunLock(run)
+    try:
+        save_plan(plan, run.plan)
+        input_hash = stage_input("prepare", plan, [])
+        seconds = _Runner(plan, run, backend, display, stop, lock).stage("prepare", 1, count)
+        report = DatasetReport.model_validate_json(run.data_report.read_text(encoding="utf-8"))
+        analysis = Analysis(
+            run=run, spec=probe(plan.model), report=report, machine=detect_machine(plan.device, plan.output),
+            lock=lock, input_hash=input_hash, seconds=seconds,
+        )
+    except BaseException:
+        lock.close()
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+    return analysis
+
+
+def decide(plan: Plan, analysis: Analysis) -> tuple[Plan, list[Recommendation]]:
+    """Returns the plan with every open value recommended, and the recommendations with their reasons."""
+    recommendations = recommend(plan, analysis.spec, analysis.report, analysis.machine)
+    return apply(plan, recommendations), recommendations
+
+
+def _name_run(plan: Plan, analysis: Analysis) -> tuple[Plan, RunDir]:
+    """Gives the analysed folder the run's name, and the state that its first stage earned."""
+    if plan.name is None:
+        plan = plan.model_copy(update={"name": f"{plan.mode}-{time.strftime('%Y-%m-%d-%H%M%S')}"})
+    check_name_free(plan)
+    run = RunDir(name=str(plan.name), results_root=plan.results, output_root=plan.output)
+    try:
+        os.rename(analysis.run.root, run.root)
+    except OSError as error:
+        raise UsageError(strings.NAME_TAKEN.format(name=plan.name, path=run.root)) from error
+    save_plan(plan, run.plan)
+    output_hash = fingerprint(outputs_of("prepare", run, plan))
+    RunState(run).finish("prepare", analysis.input_hash, output_hash, analysis.seconds)
+    return plan, run
+
+
+@contextmanager
+def stop_signals(display: Display) -> Iterator[StopSignals]:
+    with StopSignals(lambda: display.say(strings.STOPPING, "warning")) as stop:
+        yield stop
+
+
+def run_pipeline(
+    plan: Plan, *, console: Console, plain: bool = False, json_out: bool = False, analysis: Analysis | None = None,
+    confirm: Callable[[Plan, list[Recommendation]], None] | None = None,
+) -> int:
+    """Takes a plan through every stage.
+
+    Args:
+        plan: `data` must be set; open values are recommended from the data.
+        console: of standard error; takes everything but the result.
+        plain: no bars.
+        json_out: print summary.json on standard output at the end instead of the result card.
+        analysis: an analysis already made for this plan's data; it is used up.
+        confirm: called with the complete plan and the reasons before training starts; raises to stop.
+
+    Returns:
+        The exit code.
+    """
+    display = make_display(console, plain)
+    count = len(stages_of(plan))
+    try:
+        check_name_free(plan)
+        with stop_signals(display) as stop:
+            analysis = analysis or analyse(plan, display, stop, count)
+            try:
+                plan, recommendations = decide(plan, analysis)
+                check_fits(plan, analysis.spec, analysis.report, analysis.machine)
+                if confirm:
+                    confirm(plan, recommendations)
+                plan, run = _name_run(plan, analysis)
+            except BaseException:
+                analysis.discard()
+                raise
+            with analysis.lock as lock:
+                if confirm is None:
+                    show_plan(plan, analysis.report, recommendations, console)
+                display.say(strings.RUN_BEGINS.format(name=run.name, folder=run.root))
+                display.say(strings.REPLAY.format(command=replay_command(plan)))
+                _run_stages(plan, run, lock, display, stop)
+            show_result(plan, run, json_out)
+            return ExitCode.OK
+    except StageFailed as failure:
+        return failure.code
+    except SparktuneError as error:
+        display.say(str(error), "error")
+        return error.exit_code
+
+
+def resume_pipeline(
+    root: Path, *, console: Console, plain: bool = False, json_out: bool = False, only: str | None = None
+) -> int:
+    """Goes on with a run: finished stages whose inputs and outputs are unchanged are skipped.
+
+    Args:
+        root: results/RUN.
+        console: of standard error.
+        plain: no bars.
+        json_out: see `run_pipeline`.
+        only: run this stage alone, even if it is done (and the report after it).
+
+    Returns:
+        The exit code.
+    """
+    display = make_display(console, plain)
+    try:
+        plan = load_plan(root / "plan.yaml")
+        run = RunDir.from_root(root, plan.output)
+        with RunLock(run) as lock, stop_signals(display) as stop:
+            _run_stages(plan, run, lock, display, stop, only)
+        show_result(plan, run, json_out)
+        return ExitCode.OK
+    except StageFailed as failure:
+        return failure.code
+    except SparktuneError as error:
+        display.say(str(error), "error")
+        return error.exit_code
+
+
+def show_plan(
+    plan: Plan, report: DatasetReport, recommendations: Sequence[Recommendation], console: Console
+) -> None:
+    """Shows the data and the complete plan with its reasons."""
+    console.print(report_tables(report))
+    console.print(plan_table(plan, recommendations))
+
+
+def show_result(plan: Plan, run: RunDir, json_out: bool) -> None:
+    """Prints the result on standard output: summary.json as it is, or the result card."""
+    if json_out:
+        print(run.summary.read_text(encoding="utf-8").rstrip())
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDE)  # a file or a pipe: paths stay whole
+    console.print(result_card(plan, run, replay_command(plan), next_steps(plan, run)))
+
+
+def _newest_checkpoint(run: RunDir) -> Path | None:
+    found = [p for p in run.root.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
+    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+
+
+def _run_stages(
+    plan: Plan, run: RunDir, lock: RunLock, display: Display, stop: StopSignals, only: str | None = None
+) -> None:
+    backend, _ = choose_backend(plan)
+    state, stages = RunState(run), stages_of(plan)
+    runner = _Runner(plan, run, backend, display, stop, lock)
+    before: list[str] = []
+    for number, stage in enumerate(stages, 1):
+        input_hash = stage_input(stage, plan, before)
+        output_hash = fingerprint(outputs_of(stage, run, plan))
+        wanted = stage in (only, "report") if only else not state.done(stage, input_hash, output_hash)
+        if not wanted:
+            if output_hash is None:
+                raise UsageError(strings.NOT_FINISHED.format(stage=stage, run=run.name))
+        else:
+            checkpoint = _newest_checkpoint(run) if stage == "train" else None
+            extra = ("--resume-from-checkpoint", str(checkpoint)) if checkpoint else ()
+            state.begin(stage)
+            try:
+                seconds = runner.stage(stage, number, len(stages), extra)
+            except StageFailed as failure:
+                _how_to_go_on(display, run, failure)
+                raise
+            output_hash = fingerprint(outputs_of(stage, run, plan))
+            if output_hash is None:
+                missing = next(p for p in outputs_of(stage, run, plan) if not p.exists())
+                raise SparktuneError(strings.NO_OUTPUT.format(stage=stage, path=missing, log=run.log))
+            state.finish(stage, input_hash, output_hash, seconds)
+            if stop.count and stage != stages[-1]:
+                between = StageFailed(stage, int(ExitCode.INTERRUPTED))
+                _how_to_go_on(display, run, between)
+                raise between
+        before.append(output_hash)
+
+
+def _how_to_go_on(display: Display, run: RunDir, failure: StageFailed) -> None:
+    stopped = failure.code in (ExitCode.STOPPED, ExitCode.INTERRUPTED)
+    text = strings.STOPPED_AT if stopped else strings.FAILED_AT
+    display.say(text.format(stage=failure.stage, resume=strings.resume_command(run)), "warning" if stopped else "error")

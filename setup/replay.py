@@ -1,0 +1,51 @@
+"""The command that makes the same run again."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import typing
+from typing import Any
+
+from sparktune.setup import strings
+from sparktune.setup.plan.flags import flag_of
+from sparktune.setup.plan.schema import Plan
+
+__all__ = ["replay_arguments", "replay_command"]
+
+_LEFT_OUT = ("name", "resume_from_checkpoint", "static_lora", "wrap_full_ft")
+"""A name is taken once it was used; the two selectors are said by --engine and --mode, which are always there."""
+
+
+def _arguments(field: str, value: Any) -> list[str]:
+    flag = flag_of(field)
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag.removeprefix("--")]
+    if field == "sample_prompts":
+        return [word for prompt in value for word in ("--sample-prompt", prompt)]
+    if isinstance(value, list):
+        return [flag, ",".join(value) or "none"]
+    text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    # --flag=-x: a value that begins with a dash would be read as a flag
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
+def replay_arguments(plan: Plan) -> list[str]:
+    """Returns the arguments after run.sh: every value that differs from its default, whoever chose it.
+
+    A plan holds no tokens or passwords, so neither does the command.
+    """
+    words = ["--non-interactive", "--model", plan.model]
+    for field, info in Plan.model_fields.items():
+        extra = typing.cast(dict[str, Any], info.json_schema_extra or {})
+        if field in _LEFT_OUT or field == "model" or extra.get("flags") is None or extra.get("surface") == "train":
+            continue
+        value = getattr(plan, field)
+        if value is not None and value != info.get_default(call_default_factory=True):
+            words += _arguments(field, value)
+    return words
+
+
+def replay_command(plan: Plan) -> str:
+    """Returns the whole command line, quoted for a shell."""
+    return f"{strings.run_script()} {shlex.join(replay_arguments(plan))}"

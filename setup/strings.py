@@ -1,0 +1,149 @@
+"""Every sentence that the wizard, the commands and the pipeline show. Change a wording here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import sparktune
+from sparktune.setup.plan.errors import ExitCode
+from sparktune.setup.plan.rundir import RunDir
+
+STAGES = {
+    "prepare": "Read and tokenise the data",
+    "train": "Train",
+    "merge": "Merge into the base model",
+    "mtp": "Attach the MTP head",
+    "gguf": "Export GGUF",
+    "evaluate": "Evaluate",
+    "report": "Write the report",
+}
+CHOICE = "{what}: {chosen} ({reason})"
+SAMPLE = "sample at step {step}: {prompt!r} -> {answer!r}"
+CHECK = "{name}: {seen}. {fix}"
+
+# -- the run
+NAME_TAKEN = (
+    "A run named {name} exists already ({path}). Go on with it (./run.sh resume {name}), or choose another --name."
+)
+UNWRITABLE = "{path} cannot be written: {why}. Make it writable, or choose another folder with --results."
+STOPPING = "Stopping: training ends after this step with a checkpoint. Press Ctrl-C again to abort at once."
+STOPPED_AT = "Stopped in the stage {stage}. Nothing finished is lost; go on with: {resume}"
+FAILED_AT = "The run stopped in the stage {stage}. When the cause is repaired, go on with: {resume}"
+NOT_FINISHED = "The stage {stage} of the run {run} is not finished. Finish it first: ./run.sh resume {run}"
+NO_OUTPUT = "The stage {stage} ended well but left no {path}. This is a defect; the log is {log}."
+LOG_TAIL = "The stage {stage} ended with exit code {code}. The last lines of {log}:"
+REPLAY = "The same run again: {command}"
+RUN_BEGINS = "Run {name}, in {folder}"
+PLAN_TITLE = "The plan"
+DATA_TITLE = "The data"
+CHECKS_TITLE = "Preflight"
+RESULT_TITLE = "Result of {name}"
+NEXT_TITLE = "What to do next"
+
+# -- commands
+ABOUT = "From a chat JSONL to a fine-tuned, merged, exported model."
+COMMANDS_HELP = """commands:
+  (none)            ask what is not given as a flag, then run
+  doctor            check this machine, the model and the folders
+  analyze           read the data and describe it; runs nothing else
+  plan              show the complete plan with the reason of every value; runs nothing
+  resume RUN        go on with a stopped or failed run
+  runs              list the runs
+  evaluate RUN      evaluate a finished run again
+  chat RUN          talk to the merged model of a run
+
+exit codes: 0 ok, 1 failure, 2 usage, 3 preflight, 4 data, 5 memory, 75 stopped and resumable, 130 interrupted"""
+HELP_COMMAND = "doctor, analyze, plan, resume, runs, evaluate or chat; the wizard when left out"
+HELP_RUN = "for resume, evaluate and chat: the run's name, or its folder in results/"
+HELP_DEMO = "make a tiny model and data here and take them through the whole journey"
+HELP_NON_INTERACTIVE = "never ask; name everything that is missing and stop"
+HELP_CONFIG = "a plan.yaml, or the published YAML template; flags override it"
+HELP_DRY_RUN = "stop after the plan is complete (same as the command plan)"
+HELP_JSON = "the result as JSON on standard output"
+HELP_PLAIN = "no bars and no colours: numbered questions, one progress line every few seconds"
+HELP_YES = "do not ask for confirmation before the run starts"
+NO_TERMINAL = "Nothing can be asked here ({why}), and these are missing: {missing}."
+WHY_FLAG = "--non-interactive"
+WHY_STDIN = "standard input is not a terminal"
+WHY_CI = "CI is set"
+RUN_NEEDED = "`{command}` needs the name of a run: ./run.sh {command} RUN. The runs here: {runs}."
+RUN_UNEXPECTED = "`{command}` takes no run name, got {run!r}."
+RUN_UNKNOWN = "There is no run {name} ({path} has no plan.yaml). The runs here: {runs}."
+NO_RUNS = "none"
+FLAGS_WITH_RUN = (
+    "`{command} RUN` works on the plan in the run's folder; {flags} would change it. Start a new run instead."
+)
+DEMO_ALONE = "--demo brings its own data and model; drop {flags}."
+UNKNOWN_FLAG = "unrecognised argument {given}; the nearest valid one is {nearest}."
+INTERRUPTED = "Interrupted."
+ANSWERS_SAVED = "Your answers are kept; the next start of the wizard offers them again."
+FAILED_UNEXPECTEDLY = "This is a defect of sparktune: {kind}: {text}. Please report it with the lines above."
+
+# -- chat
+CHAT_HELLO = "Talking to {model}. An empty line or Ctrl-D ends."
+CHAT_NO_MODEL = "{path} holds no merged model. Finish the run first: ./run.sh resume {run}"
+CHAT_PROMPT = "you> "
+
+# -- wizard
+WELCOME = "sparktune. Arrow keys and Enter choose; Ctrl-C keeps your answers and leaves."
+ASK_MODEL = "Which model?"
+ASK_MODEL_CUSTOM = "Folder or hub id of the model:"
+MODEL_CUSTOM = "another model (folder or hub id)"
+MODEL_NOTES = {
+    "Qwen/Qwen3.5-0.8B": "smallest; quick experiments",
+    "Qwen/Qwen3.5-2B": "recommended first choice",
+    "Qwen/Qwen3.5-4B": "better answers, about twice the time",
+    "Qwen/Qwen3.5-9B": "LoRA in bf16 fits a Spark",
+    "Qwen/Qwen3.5-27B": "LoRA only; slow",
+}
+ASK_DATA = "Training data (a JSONL file; Tab completes):"
+DATA_MISSING = "There is no file {path}."
+DATA_NOT_FILE = "{path} is a folder; give a JSONL file."
+DATA_EMPTY = "{path} is empty."
+DATA_UNREADABLE = "{path} cannot be read."
+DATA_NOT_JSON = "Line {line} of {path} is not JSON; each line must hold one example."
+ASK_MODE = "Which method?"
+MODES = {
+    "lora": "LoRA: small adapters on the frozen model",
+    "qlora": "QLoRA: LoRA on a 4-bit model, for little memory",
+    "full": "full fine-tuning: every weight learns",
+}
+ASK_EPOCHS = "How many passes over the data (epochs)?"
+ASK_EVAL = "Share of rows held out for evaluation (0 for none)?"
+ASK_MTP = "Which MTP head (for speculative decoding) should the result carry?"
+MTPS = {
+    "default": "the base model's own",
+    "trained": "one trained on your data",
+    "skip": "none",
+}
+ASK_GGUF = "Which GGUF files?"
+GGUFS = {"q8_0": "8 bits, next to no loss", "bf16": "16 bits, exact"}
+ASK_NAME = "Name of the run (empty: method and time):"
+ASK_REVIEW = "Everything right? Choose a line to change it."
+REVIEW_RUN = "Run it"
+REVIEW_QUIT = "Leave (answers are kept)"
+BACK = "back"
+RECOMMENDED = "recommended: {reason}"
+BAD_ANSWER = "Give {allowed}."
+OPEN_NAME = "method and time"
+NOTHING = "none"
+
+
+def run_script() -> str:
+    """Returns how to call run.sh from the current folder, quoted."""
+    script = Path(sparktune.__file__).resolve().parents[2] / "run.sh"
+    return "./run.sh" if script.parent == Path.cwd() else shlex.quote(str(script))
+
+
+def resume_command(run: RunDir) -> str:
+    """Returns the command that goes on with `run`."""
+    where = run.name if run.results_root == Path.cwd() / "results" else os.fspath(run.root)
+    return f"{run_script()} resume {shlex.quote(where)}"
+
+
+def stage_end(code: int) -> str:
+    """Returns how a stage ended, in a few words."""
+    words = {ExitCode.OK: "done", ExitCode.STOPPED: "stopped with a checkpoint", ExitCode.INTERRUPTED: "interrupted"}
+    return words.get(ExitCode(code), "failed") if code in set(ExitCode) else "failed"
