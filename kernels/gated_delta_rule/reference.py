@@ -12,7 +12,10 @@ import torch.nn.functional as F
 
 from sparktune.kernels.precision import working_dtype
 
-__all__ = ["gated_delta_rule_naive", "gated_delta_rule_reference", "gdn_gates_reference"]
+__all__ = [
+    "gated_delta_rule_last_state", "gated_delta_rule_naive", "gated_delta_rule_reference", "gated_delta_rule_step",
+    "gdn_gates_reference",
+]
 
 NORM_EPS = 1e-6
 CHUNK = 64
@@ -41,6 +44,28 @@ def _normalise(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
 
 
+def _prepared(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Wide, normalised and scaled q and k for every value head, v, the decay factor, and beta."""
+    wide = working_dtype(q)
+    groups = v.shape[1] // q.shape[1]
+    queries = (_normalise(q.to(wide)) * q.shape[-1] ** -0.5).repeat_interleave(groups, dim=1)
+    keys = _normalise(k.to(wide)).repeat_interleave(groups, dim=1)
+    return queries, keys, v.to(wide), g.to(wide).exp(), beta.to(wide)
+
+
+def _token(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, t: int,
+    state: torch.Tensor, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token t of the recurrence: its output [1, HV, V] and the new state."""
+    state = state * decay[t, :, None, None]
+    recalled = torch.einsum("hk,hkv->hv", k[t], state)
+    state = state + torch.einsum("hk,hv->hkv", k[t], beta[t, :, None] * (v[t] - recalled))
+    return torch.einsum("hk,hkv->hv", q[t], state)[None].to(dtype), state
+
+
 def gated_delta_rule_naive(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, cu_seqlens: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor,
@@ -50,20 +75,14 @@ def gated_delta_rule_naive(
     S_t = exp(g_t) S_{t-1} + k_t (beta_t (v_t - k_t^T exp(g_t) S_{t-1}))^T, o_t = S_t^T q_t / sqrt(K), S = 0 where a
     document starts. Arguments and result: `gated_delta_rule_reference`.
     """
-    wide = working_dtype(q)
-    groups = v.shape[1] // q.shape[1]
-    q_wide = (_normalise(q.to(wide)) * q.shape[-1] ** -0.5).repeat_interleave(groups, dim=1)
-    k_wide = _normalise(k.to(wide)).repeat_interleave(groups, dim=1)
-    v_wide, decay, strength = v.to(wide), g.to(wide).exp(), beta.to(wide)
+    prepared = _prepared(q, k, v, g, beta)
     starts = set(cu_seqlens_cpu[:-1].tolist())
+    state = torch.zeros(v.shape[1], q.shape[2], v.shape[2], dtype=working_dtype(q), device=q.device)
     outputs = []
-    state = torch.zeros(v.shape[1], q.shape[2], v.shape[2], dtype=wide, device=q.device)
     for t in range(q.shape[0]):
-        state = (torch.zeros_like(state) if t in starts else state) * decay[t, :, None, None]
-        recalled = torch.einsum("hk,hkv->hv", k_wide[t], state)
-        state = state + torch.einsum("hk,hv->hkv", k_wide[t], strength[t, :, None] * (v_wide[t] - recalled))
-        outputs.append(torch.einsum("hk,hkv->hv", q_wide[t], state))
-    return torch.stack(outputs).to(q.dtype)
+        out, state = _token(*prepared, t, torch.zeros_like(state) if t in starts else state, q.dtype)
+        outputs.append(out)
+    return torch.cat(outputs)
 
 
 def _chunk_plan(cu_seqlens_cpu: torch.Tensor, chunk: int) -> tuple[torch.Tensor, list[int]]:
@@ -86,24 +105,11 @@ def _chunk_plan(cu_seqlens_cpu: torch.Tensor, chunk: int) -> tuple[torch.Tensor,
     return slot * chunk + position % chunk, alive
 
 
-def gated_delta_rule_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, cu_seqlens: torch.Tensor,
+def _chunked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor,
-) -> torch.Tensor:
-    """Returns the gated delta rule's output, the state zero at the start of every document.
-
-    Args:
-        q: [T, HK, K]; l2-normalised inside (eps 1e-6), scaled by K ** -0.5.
-        k: [T, HK, K]; l2-normalised inside.
-        v: [T, HV, V]; value head h uses key head h // (HV / HK).
-        g: [T, HV], log decay, <= 0.
-        beta: [T, HV], write strength in (0, 1).
-        cu_seqlens: int32 [N + 1], from 0 to T, strictly increasing.
-        cu_seqlens_cpu: the same on the host.
-
-    Returns:
-        [T, HV, V] of q's dtype; computed in float32 (float64 for float64).
-    """
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the output [T, HV, V] and the last state [B, HV, K, V] of the documents with the most chunks."""
     wide = working_dtype(q)
     groups = v.shape[1] // q.shape[1]
     place, alive = _chunk_plan(cu_seqlens_cpu, CHUNK)
@@ -142,4 +148,40 @@ def gated_delta_rule_reference(
         state = state * keep[step] + key_out[step].mT @ new
         begin += living
     out = torch.cat(inter) + (queries @ keys.mT * ratio) @ torch.cat(news)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, place).to(q.dtype)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, place).to(q.dtype), state
+
+
+def gated_delta_rule_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, cu_seqlens: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+) -> torch.Tensor:
+    """Returns the gated delta rule's output, the state zero at the start of every document.
+
+    Args:
+        q: [T, HK, K]; l2-normalised inside (eps 1e-6), scaled by K ** -0.5.
+        k: [T, HK, K]; l2-normalised inside.
+        v: [T, HV, V]; value head h uses key head h // (HV / HK).
+        g: [T, HV], log decay, <= 0.
+        beta: [T, HV], write strength in (0, 1).
+        cu_seqlens: int32 [N + 1], from 0 to T, strictly increasing.
+        cu_seqlens_cpu: the same on the host.
+
+    Returns:
+        [T, HV, V] of q's dtype; computed in float32 (float64 for float64).
+    """
+    return _chunked(q, k, v, g, beta, cu_seqlens_cpu)[0]
+
+
+def gated_delta_rule_last_state(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One document: its output and the state [HV, K, V] after its last token, from which generation goes on."""
+    out, state = _chunked(q, k, v, g, beta, torch.tensor([0, q.shape[0]], dtype=torch.int32))
+    return out, state[0]
+
+
+def gated_delta_rule_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One more token (T = 1) of a document whose state is `state` [HV, K, V]: its output and the new state."""
+    return _token(*_prepared(q, k, v, g, beta), 0, state, q.dtype)

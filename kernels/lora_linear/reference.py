@@ -16,29 +16,26 @@ def lora_linear_reference(
 ) -> torch.Tensor:
     """Returns x W^T + bias + scale * (x * mask) A_i^T B_i^T, the projections' outputs side by side.
 
-    Projection i owns the columns of `out_sizes[i]`. The first G = lora_a.shape[0] / r projections have adapters, where
-    r = lora_b.shape[1]; those after them (in_proj_b and in_proj_a by default) have none.
+    Rows of `weight` beyond sum(out_sizes) are projections without an adapter (in_proj_b and in_proj_a by default).
 
     Args:
         x: [T, in].
-        weight: [sum(out_sizes), in].
-        bias: [sum(out_sizes)] or None.
+        weight: [N, in], N >= sum(out_sizes).
+        bias: [N] or None.
         lora_a: [G * r, in], the rows i * r to (i + 1) * r of projection i; any dtype, used in x's.
-        lora_b: [sum(out_sizes[:G]), r].
-        out_sizes: output width of each projection.
+        lora_b: [sum(out_sizes), r].
+        out_sizes: output width of each of the G adapted projections, in order.
         scale: alpha / r or alpha / sqrt(r).
         dropout_mask: [T, in] of x's dtype, 0 or 1 / (1 - p); one mask for the group. None for no dropout.
 
     Returns:
-        [T, sum(out_sizes)] of x's dtype.
+        [T, N] of x's dtype.
     """
     rank = lora_b.shape[1]
-    adapted = list(out_sizes[: lora_a.shape[0] // rank])
     base = F.linear(x, weight, bias)
     low = F.linear(x if dropout_mask is None else x * dropout_mask, lora_a.to(x.dtype))
-    deltas = [
-        F.linear(part, up) for part, up in zip(low.split(rank, dim=-1), lora_b.to(x.dtype).split(adapted), strict=True)
-    ]
-    rest = base.shape[-1] - sum(adapted)
+    ups = lora_b.to(x.dtype).split(list(out_sizes))
+    deltas = [F.linear(part, up) for part, up in zip(low.split(rank, dim=-1), ups, strict=True)]
     delta = torch.cat(deltas, dim=-1) if len(deltas) > 1 else deltas[0]
-    return base + scale * (F.pad(delta, (0, rest)) if rest else delta)
+    plain = base.shape[-1] - delta.shape[-1]
+    return base + scale * (F.pad(delta, (0, plain)) if plain else delta)
