@@ -1,0 +1,306 @@
+"""Everything the report shows, read from a run's folders; whatever is missing or damaged is left out, and said."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparktune.setup.plan.rundir import RunDir
+from sparktune.setup.plan.schema import DatasetReport, Plan
+from sparktune.setup.runstate import stages_of
+
+__all__ = ["Artifact", "Facts", "SamplePair", "StageFact", "gather", "summary_of", "versions"]
+
+_PACKAGES = (
+    "sparktune", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "triton", "unsloth", "trl",
+    "bitsandbytes", "flash-linear-attention", "pydantic",
+)
+_HASH_CHUNK = 8 * 2**20
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A file the run made."""
+
+    path: Path
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePair:
+    """One prompt's first and last answer, and those between."""
+
+    prompt: str
+    before: str | None
+    after: str | None
+    between: list[tuple[str, str]]
+    """(when, answer)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFact:
+    """How a stage went."""
+
+    name: str
+    status: str
+    """done, failed, running or waiting."""
+    seconds: float | None
+    errors: list[str]
+
+
+@dataclass(kw_only=True)
+class Facts:
+    """What is known of a run."""
+
+    run: RunDir
+    plan: Plan | None = None
+    data: DatasetReport | None = None
+    steps: Rows = field(default_factory=list)
+    evals: Rows = field(default_factory=list)
+    samples: list[SamplePair] = field(default_factory=list)
+    checks: Rows = field(default_factory=list)
+    """Figures of the evaluation stage that are not answers."""
+    stages: list[StageFact] = field(default_factory=list)
+    choices: Rows = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    artifacts: list[Artifact] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    """Parts that should be there and are not, with the reason."""
+
+    @property
+    def status(self) -> str:
+        """complete, failed or incomplete."""
+        states = {s.status for s in self.stages}
+        return "failed" if "failed" in states else "complete" if states == {"done"} else "incomplete"
+
+    @property
+    def failed_stage(self) -> StageFact | None:
+        """The stage that failed, if one did."""
+        return next((s for s in self.stages if s.status == "failed"), None)
+
+
+def gather(run: RunDir, plan: Plan | None, progress: Callable[[int, int], None] | None = None) -> Facts:
+    """Reads a run's records and hashes its files. Missing or damaged parts end up in `missing`, never as an error.
+
+    Args:
+        run: the run.
+        plan: its plan, or None where plan.yaml cannot be read.
+        progress: called with (bytes hashed, bytes in all).
+    """
+    facts = Facts(run=run, plan=plan, versions=versions())
+    if plan is None:
+        facts.missing.append(f"{run.plan.name}: missing or unreadable")
+    facts.data = _data_report(facts)
+    for row in _rows(run.metrics, facts.missing):
+        (facts.evals if "eval_loss" in row else facts.steps).append(row)
+    facts.steps = _last_of_each_step(facts.steps)
+    facts.evals = _last_of_each_step(facts.evals)
+    _samples(facts, _rows(run.samples, facts.missing))
+    _stages(facts)
+    facts.artifacts = _artifacts(run, plan, progress)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python, the system and the packages that matter, where installed."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def summary_of(facts: Facts, replay: str) -> dict[str, Any]:
+    """Returns summary.json: status, paths, figures, versions, hashes."""
+    run, plan, data = facts.run, facts.plan, facts.data
+    failed = facts.failed_stage
+    paths = {
+        "run": run.root, "plan": run.plan, "report": run.report, "metrics": run.metrics, "samples": run.samples,
+        "adapter": run.adapter, "weights": run.weights, "merged": run.merged, "gguf": run.gguf,
+    }
+    if plan and plan.mtp != "skip":
+        paths["mtp"] = run.mtp(plan.mtp)
+    return {
+        "schema_version": 1,
+        "run": run.name,
+        "status": facts.status,
+        "failed_stage": failed.name if failed else None,
+        "errors": failed.errors if failed else [],
+        "model": plan.model if plan else None,
+        "mode": plan.mode if plan else None,
+        # The page itself is written after this file; it counts as there.
+        "paths": {name: str(path.resolve()) for name, path in paths.items() if path.exists() or name == "report"},
+        "figures": _figures(facts),
+        "data": {
+            "path": data.path, "sha256": data.sha256, "rows": data.rows, "train_examples": data.train_examples,
+            "eval_examples": data.eval_examples, "dropped": data.dropped, "cache_key": data.cache_key,
+        } if data else None,
+        "stages_s": {s.name: s.seconds for s in facts.stages if s.seconds is not None},
+        "kernels": plan.kernels if plan else {},
+        "evaluation": facts.checks,
+        "versions": facts.versions,
+        "artifacts": [
+            {"path": str(a.path.resolve()), "bytes": a.bytes, "sha256": a.sha256} for a in facts.artifacts
+        ],
+        "missing": facts.missing,
+        "warnings": facts.warnings,
+        "replay": replay,
+    }
+
+
+def _figures(facts: Facts) -> dict[str, Any]:
+    losses = [r["loss"] for r in facts.steps if _is_number(r.get("loss"))]
+    speeds = sorted(r["tok_per_s"] for r in facts.steps if _is_number(r.get("tok_per_s")))
+    peaks = [r["peak_gib"] for r in facts.steps if _is_number(r.get("peak_gib"))]
+    evals = [r["eval_loss"] for r in facts.evals if _is_number(r.get("eval_loss"))]
+    return {
+        "steps": facts.steps[-1].get("step") if facts.steps else 0,
+        "tokens": sum(r.get("tokens", 0) for r in facts.steps),
+        "supervised_tokens": sum(r.get("supervised_tokens", 0) for r in facts.steps),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "first_eval_loss": evals[0] if evals else None,
+        "best_eval_loss": min(evals) if evals else None,
+        "last_eval_loss": evals[-1] if evals else None,
+        "median_tok_per_s": speeds[len(speeds) // 2] if speeds else None,
+        "peak_gib": max(peaks) if peaks else None,
+        "seconds": round(sum(s.seconds or 0.0 for s in facts.stages), 3),
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _rows(path: Path, missing: list[str]) -> Rows:
+    """Reads NDJSON; a damaged line (a run killed while writing) is left out and said."""
+    if not path.is_file():
+        missing.append(f"{path.name}: not there")
+        return []
+    rows, damaged = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            damaged += 1
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    if damaged:
+        missing.append(f"{path.name}: {damaged} unreadable line{'s' if damaged > 1 else ''} left out")
+    return rows
+
+
+def _last_of_each_step(rows: Rows) -> Rows:
+    """A resumed run may have logged a step twice: the last one counts."""
+    by_step = {row["step"]: row for row in rows if _is_number(row.get("step"))}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _data_report(facts: Facts) -> DatasetReport | None:
+    path = facts.run.data_report
+    try:
+        return DatasetReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError:
+        facts.missing.append(f"data/{path.name}: not there")
+    except ValueError:
+        facts.missing.append(f"data/{path.name}: unreadable")
+    return None
+
+
+def _samples(facts: Facts, rows: Rows) -> None:
+    """Pairs each prompt's earliest answer with its latest; rows without an answer are evaluation figures."""
+    answers: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("answer"), str):
+            facts.checks.append(row)
+            continue
+        when = row.get("source") or row.get("when")
+        answers.setdefault(row["prompt"], []).append((str(when) if when else f"step {row.get('step')}", row["answer"]))
+    for prompt, given in answers.items():
+        first, last = given[0], given[-1]
+        starts = first[0] in ("step 0", "before", "base")
+        facts.samples.append(SamplePair(
+            prompt=prompt, before=first[1] if starts else None,
+            after=last[1] if not starts or len(given) > 1 else None, between=given[1 if starts else 0 : -1],
+        ))
+
+
+def _stages(facts: Facts) -> None:
+    """Tells each stage's outcome from its events; state.json adds the times of those that ended well."""
+    run, plan = facts.run, facts.plan
+    seconds: dict[str, float] = {}
+    if run.state.is_file():
+        try:
+            entries = json.loads(run.state.read_text(encoding="utf-8"))["stages"]
+            seconds = {name: float(entry["seconds"]) for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            facts.missing.append(f"{run.state.name}: unreadable")
+    names = stages_of(plan) if plan else tuple(seconds)
+    choices: dict[tuple[str, str], dict[str, Any]] = {}
+    for name in names:
+        path = run.stage_events(name)
+        events = _rows(path, facts.missing) if path.is_file() else []
+        # A stage that ran again after a failure appends: what counts is its last run.
+        starts = [i for i, e in enumerate(events) if e.get("kind") == "start"]
+        last = events[starts[-1] :] if starts else events
+        end = next((e for e in reversed(last) if e.get("kind") == "end"), None)
+        errors, warnings = ([str(e.get("text", "")) for e in last if e.get("kind") == "message" and
+                             e.get("level") == level] for level in ("error", "warning"))
+        facts.warnings += [text for text in warnings if text not in facts.warnings]
+        for event in last:
+            if event.get("kind") == "choice":
+                choices[str(event.get("what")), str(event.get("chosen"))] = event
+        if name == "report":
+            status = "done"  # it is being written, and read only once it is
+        elif end is not None:
+            status = "done" if end.get("ok") else "failed"
+        else:
+            status = "done" if name in seconds else "running" if last else "waiting"
+        took = seconds.get(name, end.get("seconds") if end else None)
+        facts.stages.append(StageFact(name=name, status=status, seconds=took, errors=errors))
+    facts.choices = list(choices.values())
+    if any(s.status == "failed" for s in facts.stages):
+        return
+    # A stage that began and never ended, with nothing after it, was killed.
+    facts.stages = [
+        StageFact(name=s.name, status="failed", seconds=s.seconds, errors=["It began and never ended: killed?"])
+        if s.status == "running" else s
+        for s in facts.stages
+    ]
+
+
+def _artifacts(run: RunDir, plan: Plan | None, progress: Callable[[int, int], None] | None) -> list[Artifact]:
+    folders = [run.adapter, run.weights, run.merged, run.gguf]
+    folders += [run.mtp(mode) for mode in ("trained", "default")]
+    files = sorted(p for folder in folders if folder.is_dir() for p in folder.rglob("*") if p.is_file())
+    total, done = sum(p.stat().st_size for p in files), 0
+    known: dict[tuple[int, int], str] = {}
+    found = []
+    for path in files:
+        stat = path.stat()
+        # Folders with an MTP head share unchanged shards with the merged one by hard link: hashed once.
+        key = (stat.st_dev, stat.st_ino)
+        if key not in known:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while chunk := file.read(_HASH_CHUNK):
+                    digest.update(chunk)
+                    if progress:
+                        progress(done + file.tell(), total)
+            known[key] = digest.hexdigest()
+        done += stat.st_size
+        found.append(Artifact(path=path, bytes=stat.st_size, sha256=known[key]))
+    return found
+
