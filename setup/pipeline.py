@@ -35,7 +35,10 @@ from sparktune.setup.progress import Display, make_display
 from sparktune.setup.replay import replay_command
 from sparktune.setup.runstate import RunLock, RunState, fingerprint, outputs_of, stage_input, stages_of
 
-__all__ = ["Analysis", "StageFailed", "analyse", "check_name_free", "decide", "resume_pipeline", "run_pipeline", "show_plan", "stop_signals"]
+__all__ = [
+    "Analysis", "StageFailed", "analyse", "check_name_free", "decide", "resume_pipeline", "run_pipeline", "show_plan",
+    "stop_signals",
+]
 
 _LOG_TAIL_LINES = 15
 _WIDE = 240

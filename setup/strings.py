@@ -44,6 +44,7 @@ NEXT_TITLE = "What to do next"
 
 # -- commands
 ABOUT = "From a chat JSONL to a fine-tuned, merged, exported model."
+USAGE = "./run.sh [COMMAND] [RUN] [flags]"
 COMMANDS_HELP = """commands:
   (none)            ask what is not given as a flag, then run
   doctor            check this machine, the model and the folders
@@ -63,6 +64,7 @@ HELP_CONFIG = "a plan.yaml, or the published YAML template; flags override it"
 HELP_DRY_RUN = "stop after the plan is complete (same as the command plan)"
 HELP_JSON = "the result as JSON on standard output"
 HELP_PLAIN = "no bars and no colours: numbered questions, one progress line every few seconds"
+HELP_DATA_MISSING = "a JSONL file to train on"
 HELP_YES = "do not ask for confirmation before the run starts"
 NO_TERMINAL = "Nothing can be asked here ({why}), and these are missing: {missing}."
 WHY_FLAG = "--non-interactive"
@@ -76,7 +78,8 @@ FLAGS_WITH_RUN = (
     "`{command} RUN` works on the plan in the run's folder; {flags} would change it. Start a new run instead."
 )
 DEMO_ALONE = "--demo brings its own data and model; drop {flags}."
-UNKNOWN_FLAG = "unrecognised argument {given}; the nearest valid one is {nearest}."
+UNKNOWN_FLAG = "Unrecognised argument {given}; the nearest valid one is {nearest}."
+UNKNOWN_COMMAND = "There is no command {given}; the nearest one is {nearest}."
 INTERRUPTED = "Interrupted."
 ANSWERS_SAVED = "Your answers are kept; the next start of the wizard offers them again."
 FAILED_UNEXPECTEDLY = "This is a defect of sparktune: {kind}: {text}. Please report it with the lines above."
@@ -125,6 +128,9 @@ ASK_REVIEW = "Everything right? Choose a line to change it."
 REVIEW_RUN = "Run it"
 REVIEW_QUIT = "Leave (answers are kept)"
 BACK = "back"
+BACK_HINT = " (< goes back)"
+PLAIN_NUMBER = "Number from 1 to {count}:"
+PLAIN_NUMBERS = "Numbers from 1 to {count}, commas between (0 for none):"
 RECOMMENDED = "recommended: {reason}"
 BAD_ANSWER = "Give {allowed}."
 OPEN_NAME = "method and time"

@@ -19,7 +19,7 @@ from sparktune.setup.plan.errors import ExitCode, PreflightError
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
 
-__all__ = ["MODULES", "Backend", "LocalBackend", "StopSignals", "choose_backend", "program_root"]
+__all__ = ["MODULES", "Backend", "LocalBackend", "StopSignals", "chat_process", "choose_backend", "program_root"]
 
 _POLL_S = 0.1
 MODULES = {
@@ -121,6 +121,12 @@ def local_python(root: Path) -> str:
             "the lines above say why."
         )
     return made.stdout.strip()
+
+
+def chat_process(model: Path) -> int:
+    """Talks to the model in `model` on this terminal, in a process that has torch. Returns its exit code."""
+    argv = [local_python(program_root()), "-P", "-m", "sparktune.setup.chat", "--model", str(model)]
+    return subprocess.run(argv, env=LocalBackend.environment(), check=False).returncode
 
 
 class LocalBackend:

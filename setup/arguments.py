@@ -1,0 +1,107 @@
+"""The command line of `./run.sh`: one parser generated from the schema, and the checks between commands and flags."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sparktune.setup import strings
+from sparktune.setup.plan.errors import UsageError
+from sparktune.setup.plan.flags import add_plan_flags, flag_of, given_flags
+
+__all__ = ["COMMANDS", "WITH_RUN", "Arguments", "parse"]
+
+COMMANDS = ("doctor", "analyze", "plan", "resume", "runs", "evaluate", "chat")
+WITH_RUN = ("resume", "evaluate", "chat")
+_WHERE = ("results", "output")
+"""Fields that say where runs are, which commands on an existing run may be given."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors as exceptions and the nearest flag named."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message[0].upper() + message[1:].rstrip(".") + ". See ./run.sh --help.")
+
+    def flag_names(self) -> list[str]:
+        """Returns every long flag."""
+        return [s for a in self._actions for s in a.option_strings if s.startswith("--")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What was asked for."""
+
+    command: str
+    """A name of COMMANDS, or "run"."""
+    run: str | None
+    """The run that resume, evaluate and chat work on."""
+    flags: dict[str, Any]
+    """Plan fields given on the command line."""
+    config: Path | None
+    demo: bool
+    non_interactive: bool
+    dry_run: bool
+    json_out: bool
+    plain: bool
+    yes: bool
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser(
+        prog="./run.sh", usage=strings.USAGE, description=strings.ABOUT, epilog=strings.COMMANDS_HELP, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", help=strings.HELP_COMMAND)
+    parser.add_argument("run", nargs="?", metavar="RUN", help=strings.HELP_RUN)
+    parser.add_argument("--demo", action="store_true", help=strings.HELP_DEMO)
+    parser.add_argument("--config", dest="config_file", type=Path, metavar="FILE", help=strings.HELP_CONFIG)
+    parser.add_argument("--non-interactive", action="store_true", help=strings.HELP_NON_INTERACTIVE)
+    parser.add_argument("--dry-run", action="store_true", help=strings.HELP_DRY_RUN)
+    parser.add_argument("--json", dest="json_out", action="store_true", help=strings.HELP_JSON)
+    parser.add_argument("--plain", action="store_true", help=strings.HELP_PLAIN)
+    parser.add_argument("--yes", "-y", action="store_true", help=strings.HELP_YES)
+    add_plan_flags(parser, "run")
+    return parser
+
+
+def _nearest(word: str, pool: Sequence[str]) -> str:
+    return (difflib.get_close_matches(word, pool, n=1, cutoff=0.0) or [pool[0]])[0]
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Reads the command line.
+
+    Raises:
+        UsageError: an unknown command or flag (the nearest one is named), a missing run name, flags that the command
+            does not take.
+    """
+    parser = _make_parser()
+    known, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        flag = next((u for u in unknown if u.startswith("-")), unknown[0])
+        name = flag.split("=")[0]
+        raise UsageError(strings.UNKNOWN_FLAG.format(given=name, nearest=_nearest(name, parser.flag_names())))
+    command, run, flags = known.command or "run", known.run, given_flags(known)
+    if command not in (*COMMANDS, "run") or (command == "run" and known.command):
+        raise UsageError(strings.UNKNOWN_COMMAND.format(given=command, nearest=_nearest(command, COMMANDS)))
+    if run is not None and command not in WITH_RUN:
+        raise UsageError(strings.RUN_UNEXPECTED.format(command=known.command, run=run))
+    if command in (*WITH_RUN, "runs"):
+        refused = [flag_of(f) for f in flags if f not in _WHERE] + (["--config"] if known.config_file else [])
+        if refused:
+            raise UsageError(strings.FLAGS_WITH_RUN.format(command=command, flags=", ".join(refused)))
+    if known.demo:
+        refused = [flag_of(f) for f in flags if f not in (*_WHERE, "backend")]
+        refused += (["--config"] if known.config_file else []) + ([command] if command != "run" else [])
+        if refused:
+            raise UsageError(strings.DEMO_ALONE.format(flags=", ".join(refused)))
+    return Arguments(
+        command=command, run=run, flags=flags, config=known.config_file, demo=known.demo,
+        non_interactive=known.non_interactive, dry_run=known.dry_run, json_out=known.json_out, plain=known.plain,
+        yes=known.yes,
+    )

@@ -1,0 +1,313 @@
+"""The commands of `./run.sh`. Data goes to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sparktune.setup import strings
+from sparktune.setup.arguments import Arguments, parse
+from sparktune.setup.cards import checks_table, first_and_last_loss, plan_table, report_tables
+from sparktune.setup.machine.backends import chat_process
+from sparktune.setup.machine.doctor import failures, run_checks
+from sparktune.setup.pipeline import (
+    Analysis,
+    StageFailed,
+    analyse,
+    check_name_free,
+    decide,
+    resume_pipeline,
+    run_pipeline,
+    stop_signals,
+)
+from sparktune.setup.plan.config import load_plan, read_config, resolve
+from sparktune.setup.plan.errors import ExitCode, SparktuneError, UsageError
+from sparktune.setup.plan.memory import check_fits
+from sparktune.setup.plan.rundir import RunDir, cache_dir
+from sparktune.setup.plan.schema import Plan
+from sparktune.setup.progress import make_display
+from sparktune.setup.replay import replay_command
+from sparktune.setup.runstate import RunState, stages_of
+
+__all__ = ["main"]
+
+_WIDE = 240
+
+
+class _Session:
+    """One call of the program: what was asked for, and where output goes."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        self.arguments = arguments
+        self.messages = Console(stderr=True, no_color=True if arguments.plain else None)
+        self.data = Console(no_color=True if arguments.plain else None)
+        if not self.data.is_terminal:
+            self.data = Console(width=_WIDE)  # a file or a pipe: paths and reasons stay whole
+        notes: list[str] = []
+        self.config = read_config(arguments.config, notes) if arguments.config else {}
+        for note in notes:
+            self.messages.print(escape(note), style="yellow", highlight=False, soft_wrap=True)
+
+    def plan(self) -> Plan:
+        """Returns the plan as far as flags, environment and config say it."""
+        return resolve(self.arguments.flags, self.config, os.environ, {})
+
+    def print_json(self, value: Any) -> None:
+        """Writes `value` on standard output."""
+        print(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def _why_not_ask(arguments: Arguments) -> str | None:
+    """Returns why nothing can be asked, or None."""
+    if arguments.non_interactive:
+        return strings.WHY_FLAG
+    if not sys.stdin.isatty():
+        return strings.WHY_STDIN
+    return strings.WHY_CI if os.environ.get("CI") else None
+
+
+def _require(plan: Plan, why: str) -> None:
+    """Names all required answers that are missing. The data is the only one without a default."""
+    missing = [f"{flag} ({help_text})" for flag, help_text, value in (
+        ("--data", strings.HELP_DATA_MISSING, plan.data),
+    ) if value is None]
+    if missing:
+        raise UsageError(strings.NO_TERMINAL.format(why=why, missing=", ".join(missing)))
+
+
+# -- commands without a run
+
+
+def _doctor(session: _Session) -> int:
+    checks = run_checks(session.plan())
+    failed = failures(checks)
+    if session.arguments.json_out:
+        session.print_json({"ok": not failed, "checks": [c.as_json() for c in checks]})
+    else:
+        session.data.print(checks_table(checks))
+    return ExitCode.PREFLIGHT if failed else ExitCode.OK
+
+
+def _with_analysis(session: _Session, work: Callable[[Plan, Analysis], None]) -> int:
+    """Analyses the data, hands the analysis to `work`, and leaves no run behind."""
+    plan = session.plan()
+    _require(plan, f"`{session.arguments.command}`")
+    display = make_display(session.messages, session.arguments.plain)
+    with stop_signals(display) as stop:
+        analysis = analyse(plan, display, stop)
+    try:
+        work(plan, analysis)
+    finally:
+        analysis.discard()
+    return ExitCode.OK
+
+
+def _analyze(session: _Session) -> int:
+    def show(_: Plan, analysis: Analysis) -> None:
+        if session.arguments.json_out:
+            session.print_json(analysis.report.model_dump(mode="json"))
+        else:
+            session.data.print(report_tables(analysis.report))
+
+    return _with_analysis(session, show)
+
+
+def _plan(session: _Session) -> int:
+    def show(plan: Plan, analysis: Analysis) -> None:
+        check_name_free(plan)
+        plan, recommendations = decide(plan, analysis)
+        estimate = check_fits(plan, analysis.spec, analysis.report, analysis.machine)
+        if session.arguments.json_out:
+            session.print_json({
+                "plan": plan.model_dump(mode="json"),
+                "recommendations": [r.model_dump(mode="json") for r in recommendations],
+                "data": analysis.report.model_dump(mode="json"),
+                "machine": analysis.machine.model_dump(mode="json"),
+                "peak_gib_estimate": round(estimate.total_gib, 3),
+                "replay": replay_command(plan),
+            })
+            return
+        session.data.print(report_tables(analysis.report))
+        session.data.print(plan_table(plan, recommendations))
+        session.data.print(escape(f"memory: {estimate.describe()}"), highlight=False, soft_wrap=True)
+        session.data.print(escape(strings.REPLAY.format(command=replay_command(plan))), highlight=False, soft_wrap=True)
+
+    return _with_analysis(session, show)
+
+
+def _runs_in(results: Path) -> list[Path]:
+    return sorted(p.parent for p in results.glob("*/plan.yaml") if not p.parent.name.startswith("."))
+
+
+def _runs(session: _Session) -> int:
+    rows: list[dict[str, Any]] = []
+    for root in _runs_in(session.plan().results):
+        try:
+            plan = load_plan(root / "plan.yaml")
+            run = RunDir.from_root(root, plan.output)
+            done = [s for s in stages_of(plan) if s in RunState(run).stages]
+            losses = first_and_last_loss(run.metrics)
+        except (SparktuneError, ValueError) as error:
+            session.messages.print(escape(f"{root}: {error}"), style="yellow", highlight=False, soft_wrap=True)
+            continue
+        finished = len(done) == len(stages_of(plan))
+        rows.append({
+            "name": root.name, "mode": plan.mode, "model": plan.model, "finished": finished, "stages_done": done,
+            "first_loss": losses[0] if losses else None, "last_loss": losses[1] if losses else None, "path": str(root),
+        })
+    if session.arguments.json_out:
+        session.print_json(rows)
+        return ExitCode.OK
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "mode", "model", "state", "loss"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        state = "finished" if row["finished"] else f"after {row['stages_done'][-1]}" if row["stages_done"] else "begun"
+        loss = f"{row['first_loss']:.4f} -> {row['last_loss']:.4f}" if row["last_loss"] is not None else ""
+        table.add_row(row["name"], row["mode"], escape(row["model"]), state, loss)
+    session.data.print(table)
+    return ExitCode.OK
+
+
+# -- commands on a run
+
+
+def _run_root(session: _Session) -> Path:
+    arguments, results = session.arguments, session.plan().results
+    there = ", ".join(p.name for p in _runs_in(results)) or strings.NO_RUNS
+    if arguments.run is None:
+        raise UsageError(strings.RUN_NEEDED.format(command=arguments.command, runs=there))
+    for root in (results / arguments.run, Path(arguments.run).absolute()):
+        if (root / "plan.yaml").is_file():
+            return root
+    raise UsageError(strings.RUN_UNKNOWN.format(name=arguments.run, path=results / arguments.run, runs=there))
+
+
+def _resume(session: _Session, only: str | None = None) -> int:
+    arguments = session.arguments
+    return resume_pipeline(
+        _run_root(session), console=session.messages, plain=arguments.plain, json_out=arguments.json_out, only=only
+    )
+
+
+def _chat(session: _Session) -> int:
+    root = _run_root(session)
+    run = RunDir.from_root(root, load_plan(root / "plan.yaml").output)
+    if not (run.merged / "config.json").is_file():
+        raise UsageError(strings.CHAT_NO_MODEL.format(path=run.merged, run=run.name))
+    return chat_process(run.merged)
+
+
+# -- the run itself
+
+
+def _answers_file() -> Path:
+    return cache_dir("answers") / "wizard.yaml"
+
+
+def _saved_answers() -> dict[str, Any]:
+    """Returns the answers of an interrupted wizard; a file that no longer fits the schema counts as none."""
+    path = _answers_file()
+    try:
+        answers = read_config(path) if path.is_file() else {}
+        resolve(answers, {}, {}, {})
+    except UsageError:
+        return {}
+    return answers
+
+
+def _save_answers(answers: dict[str, Any]) -> None:
+    path = _answers_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(answers, allow_unicode=True), encoding="utf-8")
+
+
+def _wizard(session: _Session) -> int:
+    # questionary takes a third of a second to import, which only the wizard pays
+    from sparktune.setup.ask import Asker, PlainAsker, TerminalAsker
+    from sparktune.setup.wizard import LeftWizard, Wizard
+
+    arguments = session.arguments
+    display = make_display(session.messages, arguments.plain)
+    asker: Asker = PlainAsker() if arguments.plain or session.messages.is_dumb_terminal else TerminalAsker()
+
+    def read(plan: Plan) -> Analysis:
+        with stop_signals(display) as stop:
+            analysis = analyse(plan, display, stop)
+        session.messages.print(report_tables(analysis.report))
+        return analysis
+
+    wizard = Wizard(
+        asker=asker, flags=arguments.flags, config=session.config, env=os.environ, analyse=read,
+        answers=_saved_answers(),
+    )
+    try:
+        plan = wizard.run()
+    except (KeyboardInterrupt, LeftWizard):
+        _save_answers(wizard.answers)
+        session.messages.print(strings.ANSWERS_SAVED, highlight=False)
+        return ExitCode.INTERRUPTED
+    _answers_file().unlink(missing_ok=True)
+    return run_pipeline(
+        plan, console=session.messages, plain=arguments.plain, json_out=arguments.json_out, analysis=wizard.analysis
+    )
+
+
+def _run(session: _Session) -> int:
+    arguments = session.arguments
+    if arguments.demo:
+        from sparktune.setup.demo import run_demo
+
+        return run_demo(session.plan(), console=session.messages, plain=arguments.plain, json_out=arguments.json_out)
+    if arguments.dry_run:
+        return _plan(session)
+    plan = session.plan()
+    why = _why_not_ask(arguments)
+    if why is None and not (arguments.yes and plan.data is not None):
+        return _wizard(session)
+    _require(plan, why or "--yes")
+    return run_pipeline(plan, console=session.messages, plain=arguments.plain, json_out=arguments.json_out)
+
+
+_COMMANDS: dict[str, Callable[[_Session], int]] = {
+    "run": _run, "doctor": _doctor, "analyze": _analyze, "plan": _plan, "runs": _runs, "resume": _resume,
+    "evaluate": lambda session: _resume(session, "evaluate"), "chat": _chat,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code; never shows a traceback for what the user can repair."""
+    errors = Console(stderr=True)
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        return int(_COMMANDS[arguments.command](_Session(arguments)))
+    except StageFailed as failure:
+        return failure.code  # what there is to say was said when the stage ended
+    except SparktuneError as error:
+        errors.print(escape(str(error)), style="bold red", highlight=False, soft_wrap=True)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print(strings.INTERRUPTED)
+        return int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say to it
+        return int(ExitCode.FAILURE)
+    except Exception as error:
+        traceback.print_exc()
+        text = strings.FAILED_UNEXPECTEDLY.format(kind=type(error).__name__, text=error)
+        errors.print(escape(text), style="bold red", highlight=False, soft_wrap=True)
+        return int(ExitCode.FAILURE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
