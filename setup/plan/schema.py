@@ -285,6 +285,8 @@ class DatasetReport(_Strict):
     """Problem code -> rows."""
     problems: list[RowProblem]
     """The first ten problems of each code."""
+    truncated: int = 0
+    """Kept rows that were cut at max_seq_length."""
     lengths: LengthStats
     """Of the training examples, before packing."""
     supervised_tokens: int
