@@ -1,0 +1,206 @@
+"""Rows of a JSONL, one at a time: every known format becomes one list of messages, or plain text.
+
+Memory is bounded by the longest line allowed. A row that cannot be used becomes a RowProblem that names its line and
+never quotes its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from sparktune.setup.data.formats import RowRefused, normalise
+from sparktune.setup.plan.errors import DataError
+from sparktune.setup.plan.schema import RowProblem
+
+__all__ = ["MAX_LINE_BYTES", "FileFacts", "Row", "file_facts", "read_rows"]
+
+MAX_LINE_BYTES = 64 * 2**20
+"""A longer line is refused: it bounds the reader's memory, and no example of that size can be trained on."""
+
+_BOM = b"\xef\xbb\xbf"
+_OTHER_FILES = {
+    b"\xff\xfe": "a UTF-16 text file: save it as UTF-8",
+    b"\xfe\xff": "a UTF-16 text file: save it as UTF-8",
+    b"PAR1": "a Parquet file: export it as JSONL, one JSON object a line",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"PK\x03\x04": "a zip archive: unpack it first",
+    b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it first",
+    b"ARROW1": "an Arrow file: export it as JSONL, one JSON object a line",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One usable row, normalised."""
+
+    line: int
+    """Line number in the file, from 1."""
+    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+    messages: list[dict[str, Any]] | None
+    """Chat: roles system, user, assistant, tool; None for text."""
+    text: str | None
+    """Plain text; None for chat."""
+    tools: list[dict[str, Any]] | None
+    """JSON schemas of callable functions, handed to the chat template."""
+
+    @property
+    def digest(self) -> bytes:
+        """sha256 of the normalised row: equal for equal conversations, whatever their format or key order."""
+        canonical = json.dumps(
+            [self.messages, self.text, self.tools], ensure_ascii=False, sort_keys=True, separators=(",", ":")
+        )
+        return hashlib.sha256(canonical.encode()).digest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFacts:
+    """A data file's identity and size."""
+
+    sha256: str
+    bytes: int
+    lines: int
+    """Line ends; the last line may have none."""
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Reads a data file once for its hash and size.
+
+    Raises:
+        DataError: see `read_rows`.
+    """
+    digest, size, lines = hashlib.sha256(), 0, 0
+    with _open(path) as file:
+        file.seek(0)
+        while block := _read(path, file, 2**20):
+            digest.update(block)
+            size += len(block)
+            lines += block.count(b"\n")
+    return FileFacts(sha256=digest.hexdigest(), bytes=size, lines=lines)
+
+
+def read_rows(path: Path, text_field: str = "text") -> Iterator[Row | RowProblem]:
+    """Yields every non-blank line of a JSONL as a Row or, if it cannot be used, a RowProblem.
+
+    A UTF-8 byte order mark, CRLF line ends and blank lines are accepted.
+
+    Args:
+        path: the file.
+        text_field: name of the field of the `text` format; a name other than `text` wins over the chat formats.
+
+    Raises:
+        DataError: the file is missing, a folder, unreadable, empty, or plainly not a text file.
+    """
+    with _open(path) as file:
+        rows = 0
+        for line, data in _lines(path, file):
+            if not data.strip():
+                continue
+            rows += 1
+            yield _row(line, data, text_field)
+    if not rows:
+        raise DataError(f"{path} should hold one JSON object a line; it holds none: the file is empty.")
+
+
+def _open(path: Path) -> BinaryIO:
+    """Opens a data file after a look at its first bytes."""
+    if path.is_dir():
+        raise DataError(f"{path} should be a JSONL file; it is a folder. Name the file inside it.")
+    try:
+        file = path.open("rb")
+        head = file.read(8)
+        file.seek(0)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} should be a JSONL file; there is no such file. Check the path.") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    for magic, advice in _OTHER_FILES.items():
+        if head.startswith(magic):
+            file.close()
+            raise DataError(f"{path} should be a JSONL file (UTF-8, one JSON object a line); it is {advice}.")
+    if head.startswith(_BOM):
+        file.seek(len(_BOM))
+    return file
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number, bytes); of a line longer than the limit only limit + 1 bytes."""
+    number = 0
+    while data := _readline(path, file):
+        number += 1
+        yield number, data
+        while len(data) > MAX_LINE_BYTES and not data.endswith(b"\n"):
+            data = _readline(path, file)
+
+
+def _readline(path: Path, file: BinaryIO) -> bytes:
+    try:
+        return file.readline(MAX_LINE_BYTES + 1)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _read(path: Path, file: BinaryIO, size: int) -> bytes:
+    try:
+        return file.read(size)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} should be a readable JSONL file, but: {error.strerror or error}. Check it and its disk.")
+
+
+def _row(line: int, data: bytes, text_field: str) -> Row | RowProblem:
+    try:
+        value = _object(data)
+        kind, messages, text, tools = normalise(value, text_field)
+        row = Row(line=line, format=kind, messages=messages, text=text, tools=tools)
+        if b"\\u" in data:
+            _check_surrogates(row)
+    except RowRefused as refusal:
+        return RowProblem(line=line, code=refusal.code, text=refusal.text)
+    return row
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    """Decodes one line, or says what it is instead of a JSON object."""
+    if len(data) > MAX_LINE_BYTES:
+        raise RowRefused(
+            "not_json", f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB; one line should hold one example."
+        )
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowRefused(
+            "not_utf8", f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8."
+        ) from error
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RowRefused(
+            "not_json", f"expected a JSON object, but column {error.colno}: {error.msg[:1].lower()}{error.msg[1:]}."
+        ) from error
+    except RecursionError as error:
+        raise RowRefused("not_json", "the JSON is nested too deeply to be an example.") from error
+    except ValueError as error:
+        raise RowRefused("not_json", "a number has more digits than can be read.") from error
+    if not isinstance(value, dict):
+        names = {list: "an array", str: "a string", type(None): "null", bool: "true or false"}
+        kind = names.get(type(value), "a number")
+        raise RowRefused("not_json", f"expected a JSON object, found {kind}; one line holds one example: {{...}}.")
+    return value
+
+
+def _check_surrogates(row: Row) -> None:
+    """Refuses halves of UTF-16 pairs (\\ud83d alone): JSON allows them, no tokenizer can read them."""
+    try:
+        _ = row.digest
+    except UnicodeEncodeError as error:
+        raise RowRefused(
+            "not_utf8", "a \\u escape is one half of a surrogate pair and so no character; write the character itself."
+        ) from error
