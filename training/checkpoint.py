@@ -178,7 +178,7 @@ def save_checkpoint(
         run_root: the run folder.
         state: the loop's state.
         engine_state: `Engine.state()`.
-        export: `Engine.export`; called with the folder that takes the trained result.
+        export: `Engine.export`; called with the folder that it makes for the trained result.
         result_name: name of that folder, `adapter` or `weights`.
 
     Raises:
@@ -188,7 +188,7 @@ def save_checkpoint(
     partial = run_root / f".{final.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / result_name).mkdir(parents=True)
+        partial.mkdir(parents=True)
         export(partial / result_name)
         write_safetensors(partial / "engine.safetensors", engine_state)
         write_safetensors(partial / "rng.safetensors", _rng_tensors())

@@ -47,4 +47,4 @@ class Engine(Protocol):
         """Restores `state()` exactly. Raises ValueError naming missing, unexpected or misshapen entries."""
 
     def export(self, folder: Path) -> None:
-        """Writes the trained result into `folder` (an adapter in PEFT's format, or the trained tensors)."""
+        """Makes `folder` with the trained result in it: an adapter in PEFT's format, or the trained tensors."""

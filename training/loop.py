@@ -83,7 +83,9 @@ class TrainingLoop:
     state: LoopState
     stop: StopRequest
     say: Callable[[str], None]
-    """Takes one sentence or one progress line for the user."""
+    """Takes one sentence for the user."""
+    show: Callable[[str], None]
+    """Takes one line of a step's figures."""
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
@@ -165,7 +167,7 @@ class TrainingLoop:
             return
         self._last_line_s = now
         loss = "no supervised token" if row["loss"] is None else f"loss {row['loss']:.4f}"
-        self.say(
+        self.show(
             f"step {row['step']}/{self.length.total_steps}  epoch {row['epoch']:.2f}  {loss}  lr {row['lr']:.2e}  "
             f"{row['tok_per_s']:,.0f} tok/s  peak {row['peak_gib']:.2f} GiB"
         )
@@ -196,7 +198,7 @@ class TrainingLoop:
                 "Try --dtype float32; if that helps, the base weights or the kernels overflow in the lower precision."
             )
         zero = [name for name, (_, moves) in zip(names, facts, strict=True) if not moves]
-        expected = [name for name in zero if "lora_A" in name and step == 1]
+        expected = [name for name in zero if "lora_a" in name.lower() and step == 1]
         note = f"Step {step}: all {len(names)} trainable tensors have finite gradients"
         if expected:
             note += f"; {len(expected)} lora_A ones are zero, as they must be while every lora_B is still zero"
@@ -326,7 +328,6 @@ class TrainingLoop:
         try:
             for leftover in (partial, old):
                 shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir()
             self.engine.export(partial)
             sync_tree(partial)
             if final.exists():

@@ -75,6 +75,7 @@ class ToyEngine:
         self.optimiser.load_state(state)
 
     def export(self, folder: Path) -> None:
+        folder.mkdir()
         save_file({"table": self.weight.detach()}, folder / "adapter_model.safetensors")
 
 
@@ -124,7 +125,7 @@ def make_loop(
         train=train, evaluation=ToyBatches([[1, 2, 3], [4, 5, 6]]) if held_out else None,
         prompts=[SamplePrompt(text="after 1", ids=(1,))], decode=str, stop_ids=(),
         log=MetricsLog(run, state, events or NullEvents(), tensorboard=plan.tensorboard and held_out, say=say),
-        state=state, stop=StopRequest(), say=say,
+        state=state, stop=StopRequest(), say=say, show=say,
     )
 
 
@@ -255,7 +256,7 @@ def test_a_stop_asked_for_at_any_moment_resumes_to_the_same_end(tmp_path: Path, 
             say(f"step {done}/{total}")
 
     first = make_loop(tmp_path / "parts", say=say, events=Every(tmp_path / "train.ndjson", "train"))
-    with pytest.raises(StoppedResumable, match="Go on with: python train.py --") as caught:
+    with pytest.raises(StoppedResumable, match=r"Go on with: python train\.py --") as caught:
         first.run_to_end()
     assert caught.value.exit_code == ExitCode.STOPPED
     newest = cp.newest_valid(tmp_path / "parts" / "toy", print)

@@ -28,6 +28,7 @@ def engine_state() -> dict[str, torch.Tensor]:
 
 
 def export(folder: Path) -> None:
+    folder.mkdir()
     save_file({"w": torch.ones(3)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
 
