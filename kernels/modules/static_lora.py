@@ -65,11 +65,10 @@ class StaticLoRA(nn.Module):
         """Returns projection name -> its rows of `weight` (and entries of `bias`)."""
         return row_slices(self._packed, self._packed_sizes)
 
-    def adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns A [r, in] and B [out, r] of one projection, views of the masters."""
+    def adapter_of(self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns one projection's A [r, in] and B [out, r], views of `lora_a` and `lora_b` or of their masters."""
         i = self.adapted.index(name)
-        rows = row_slices(self.adapted, self.adapted_sizes)[name]
-        return self.lora_a[i * self.r : (i + 1) * self.r], self.lora_b[rows]
+        return lora_a[i * self.r : (i + 1) * self.r], lora_b[row_slices(self.adapted, self.adapted_sizes)[name]]
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
