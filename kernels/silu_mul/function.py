@@ -1,0 +1,82 @@
+"""`silu_mul` on the Triton kernels, for two tensors or for one grouped product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from sparktune.kernels.silu_mul.triton import silu_mul_bwd, silu_mul_fwd
+
+__all__ = ["silu_mul_fused", "silu_mul_packed_fused"]
+
+
+def _inner(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = _inner(gate), _inner(up)
+        ctx.save_for_backward(gate, up)
+        return silu_mul_fwd(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        d, _ = silu_mul_bwd(_inner(dy), gate, up, recompute=False)
+        return d[:, : gate.shape[1]], d[:, gate.shape[1] :]
+
+
+class _SiluMulPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        gate_up = _inner(gate_up)
+        ctx.save_for_backward(gate_up)
+        half = gate_up.shape[1] // 2
+        return silu_mul_fwd(gate_up[:, :half], gate_up[:, half:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        (gate_up,) = ctx.saved_tensors
+        half = gate_up.shape[1] // 2
+        return silu_mul_bwd(_inner(dy), gate_up[:, :half], gate_up[:, half:], recompute=False)[0]
+
+
+def silu_mul_fused(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, one launch each way; saves its inputs only.
+
+    Args:
+        gate: [T, I], rows may be strided.
+        up: [T, I], rows may be strided.
+
+    Returns:
+        [T, I] in gate's dtype, contiguous. The two gradients are the halves of one [T, 2I] buffer.
+
+    Raises:
+        ValueError: gate and up differ in shape, or are not two-dimensional.
+    """
+    if gate.shape != up.shape or gate.dim() != 2:
+        raise ValueError(f"silu_mul needs gate and up of one shape [T, I], got {tuple(gate.shape)}, {tuple(up.shape)}")
+    return _SiluMul.apply(gate, up)
+
+
+def silu_mul_packed_fused(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate_up[:, :I]) * gate_up[:, I:] whose gradient is one [T, 2I] tensor: no concatenation on the way back.
+
+    Args:
+        gate_up: [T, 2I], the grouped product.
+
+    Returns:
+        [T, I] in gate_up's dtype.
+
+    Raises:
+        ValueError: gate_up is not two-dimensional with an even width.
+    """
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise ValueError(f"silu_mul_packed needs [T, 2I], got {tuple(gate_up.shape)}")
+    return _SiluMulPacked.apply(gate_up)
