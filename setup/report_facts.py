@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -148,7 +149,7 @@ def summary_of(facts: Facts, replay: str) -> dict[str, Any]:
         } if data else None,
         "stages_s": {s.name: s.seconds for s in facts.stages if s.seconds is not None},
         "kernels": plan.kernels if plan else {},
-        "evaluation": facts.checks,
+        "evaluation": _plain(facts.checks),
         "versions": facts.versions,
         "artifacts": [
             {"path": str(a.path.resolve()), "bytes": a.bytes, "sha256": a.sha256} for a in facts.artifacts
@@ -180,7 +181,16 @@ def _figures(facts: Facts) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a JSON value with null for what JSON cannot hold (NaN, infinity)."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
 def _rows(path: Path, missing: list[str]) -> Rows:

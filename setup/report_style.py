@@ -105,7 +105,7 @@ PAGE = """<!doctype html>
 {% else %}<span class="none">not sampled</span>{% endif %}</div>
 </div>
 {% if sample.between %}
-<details><summary>{{ sample.between | length }} answers between</summary>
+<details><summary>{{ sample.between | length }} answer{{ "s" if sample.between | length > 1 }} between</summary>
 {% for when, answer in sample.between %}<h3 class="gap">{{ when }}</h3><pre>{{ answer }}</pre>{% endfor %}
 </details>
 {% endif %}

@@ -11,7 +11,7 @@ __all__ = ["Drawing", "Mark", "Series", "histogram", "line_chart", "nice_ticks",
 
 # One unit is about one CSS pixel on a phone; two columns on a desk enlarge it by a third.
 _WIDTH, _HEIGHT = 420, 236
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 22, 40
 _MOST_POINTS = 600
 _MOST_TARGETS = 150
 
@@ -252,10 +252,10 @@ def _legend(frame: _Frame, series: Sequence[Series]) -> None:
     x = float(_WIDTH - _RIGHT)
     for one in reversed(series):
         frame.parts.append(
-            f'<text class="tick" x="{x:.0f}" y="{_TOP + 2}" text-anchor="end">{escape(one.name)}</text>'
+            f'<text class="tick" x="{x:.0f}" y="{_TOP - 9}" text-anchor="end">{escape(one.name)}</text>'
         )
         x -= 6.2 * len(one.name) + 8
-        frame.parts.append(f'<rect x="{x - 6:.0f}" y="{_TOP - 6}" width="8" height="8" rx="2" fill="{one.colour}"/>')
+        frame.parts.append(f'<rect x="{x - 6:.0f}" y="{_TOP - 17}" width="8" height="8" rx="2" fill="{one.colour}"/>')
         x -= 14
 
 
