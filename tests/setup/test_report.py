@@ -113,7 +113,8 @@ def test_a_finished_run(run: RunDir) -> None:
     assert "failure" not in ids
     assert page.count("svg") == 6  # loss, rate, throughput, memory, gradient norm, lengths
     for words in ("5 + 5 = 10.", "5 + 5 = 9.", "1 answer between", "1,024 (this run)", "93.0 %", "over_length",
-                  "op rms_norm", "no GPU here", "from: flag", "./run.sh --non-interactive", "2 min 41 s", "transformers",
+                  "op rms_norm", "no GPU here", "from: flag",
+                  "./run.sh --non-interactive", "2 min 41 s", "transformers",
                   "lora-1-q8_0.gguf", "pack 1,024", "cut 12,000", "complete"):
         assert words in page.text, words
 
