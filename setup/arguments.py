@@ -53,8 +53,8 @@ class Arguments:
 
 def _make_parser() -> _Parser:
     parser = _Parser(
-        prog="./run.sh", usage=strings.USAGE, description=strings.ABOUT, epilog=strings.COMMANDS_HELP, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="./run.sh", usage=strings.USAGE, description=strings.ABOUT, epilog=strings.COMMANDS_HELP,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", nargs="?", help=strings.HELP_COMMAND)
     parser.add_argument("run", nargs="?", metavar="RUN", help=strings.HELP_RUN)

@@ -187,10 +187,10 @@ def preflight(plan: Plan, display: Display) -> None:
     checks = run_checks(plan)
     for check in checks:
         if check.status == "warning":
-            display.say(strings.CHECK.format(name=check.name, seen=check.seen, fix=check.fix), "warning")
+            display.say(strings.check_line(check.name, check.seen, check.fix), "warning")
     failed = failures(checks)
     for check in failed:
-        display.say(strings.CHECK.format(name=check.name, seen=check.seen, fix=check.fix).rstrip(), "error")
+        display.say(strings.check_line(check.name, check.seen, check.fix), "error")
     if failed:
         codes = {c.exit_code for c in failed}
         raise StageFailed("preflight", codes.pop() if len(codes) == 1 else int(ExitCode.PREFLIGHT))

@@ -21,7 +21,6 @@ STAGES = {
 }
 CHOICE = "{what}: {chosen} ({reason})"
 SAMPLE = "sample at step {step}: {prompt!r} -> {answer!r}"
-CHECK = "{name}: {seen}. {fix}"
 
 # -- the run
 NAME_TAKEN = (
@@ -147,6 +146,11 @@ def resume_command(run: RunDir) -> str:
     """Returns the command that goes on with `run`."""
     where = run.name if run.results_root == Path.cwd() / "results" else os.fspath(run.root)
     return f"{run_script()} resume {shlex.quote(where)}"
+
+
+def check_line(name: str, seen: str, fix: str) -> str:
+    """Returns one check of the preflight as a sentence."""
+    return f"{name}: {seen.rstrip('.')}. {fix}".rstrip()
 
 
 def stage_end(code: int) -> str:

@@ -6,8 +6,11 @@ import importlib.util
 import os
 import platform
 import shutil
+import socket
 import sys
 import tempfile
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +29,7 @@ __all__ = ["Check", "disk_need_gib", "failures", "run_checks"]
 _GIB = 2**30
 _GGUF_BYTES = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}
 _MIN_MEMORY_GIB = 1.0
+_HUB_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +119,55 @@ def _memory(plan: Plan) -> Check:
     return Check(name="memory", status="ok", seen=f"{free:.1f} GiB available")
 
 
-def _model(plan: Plan) -> Check:
-    spec = probe(plan.model)
-    size = f"{spec.model_type}, {spec.parameters / 1e9:.2f} B parameters"
+def _hub_model(model: str) -> tuple[Path | None, bool]:
+    """Returns the folder in the local cache that holds all of a hub model (or None), and whether the hub answers."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    config = huggingface_hub.try_to_load_from_cache(model, "config.json")
+    folder = Path(config).parent if isinstance(config, str) else None
+    if folder is not None:
+        try:
+            safetensors_index(folder)
+        except SparktuneError:
+            folder = None  # interrupted, or only its config was looked at
+    if constants.HF_HUB_OFFLINE:
+        return folder, False
+    host = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = host.port or (443 if host.scheme == "https" else 80)
+    if proxy := urllib.request.getproxies().get(host.scheme):
+        through = urllib.parse.urlsplit(proxy)
+        address = (through.hostname or "", through.port or 80)
+    else:
+        address = (host.hostname or "", port)
+    try:
+        socket.create_connection(address, timeout=_HUB_S).close()
+    except OSError:
+        return folder, False
+    return folder, True
+
+
+def _model(plan: Plan) -> tuple[Check, ModelSpec | None]:
+    """Checks the model, and returns its shape where that is known."""
     folder = Path(plan.model)
     if folder.is_dir():
+        spec = probe(plan.model)
+        size = f"{spec.model_type}, {spec.parameters / 1e9:.2f} B parameters"
+        safetensors_index(resolve_model_dir(plan.model))
         where = "adapter folder; its base" if is_adapter_folder(folder) else "local folder"
-        if not is_adapter_folder(folder):
-            safetensors_index(folder)
-        return Check(name="model", status="ok", seen=f"{where}: {size}")
-    return Check(name="model", status="ok", seen=f"hub id {plan.model}: {size}")
+        return Check(name="model", status="ok", seen=f"{where}: {size}"), spec
+    if plan.model.count("/") != 1:
+        probe(plan.model)  # neither a folder nor OWNER/NAME: says so
+    cached, answers = _hub_model(plan.model)
+    if cached is None and not answers:
+        return Check(
+            name="model", status="failed", seen=f"{plan.model} is neither in the local cache nor is the hub reachable",
+            fix="Connect once, or give --model a folder that holds the model.",
+        ), None
+    spec = probe(str(cached) if cached else plan.model)
+    where = "in the local cache" if cached else "on the hub, will be downloaded"
+    seen = f"{plan.model} ({where}): {spec.model_type}, {spec.parameters / 1e9:.2f} B parameters"
+    return Check(name="model", status="ok", seen=seen), spec
 
 
 def _data(plan: Plan) -> Check:
@@ -157,8 +200,9 @@ def _folders(plan: Plan) -> Check:
     return Check(name="folders", status="ok", seen=f"{plan.results} and {plan.output} can be written")
 
 
-def _disk(plan: Plan) -> Check:
-    spec = probe(plan.model)
+def _disk(plan: Plan, spec: ModelSpec | None) -> Check:
+    if spec is None:
+        return Check(name="disk", status="warning", seen="the need is not known: the model cannot be read")
     base_gib = spec.parameters * 2 / _GIB
     folder = Path(plan.model)
     if folder.is_dir():
@@ -187,20 +231,33 @@ def _specs(plan: Plan) -> Check:
     return Check(name="specs", status="ok", seen="no `specs` in the working directory")
 
 
-_CHECKS: list[tuple[str, Callable[[Plan], Check]]] = [
-    ("python", _python), ("backend", _backend), ("torch", _torch), ("gpu", _gpu), ("memory", _memory),
-    ("model", _model), ("data", _data), ("folders", _folders), ("disk", _disk), ("specs", _specs),
-]
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    """Returns the check's result; one that cannot be made counts as failed, with its sentence."""
+    try:
+        return check()
+    except SparktuneError as error:
+        return Check(name=name, status="failed", seen=str(error), exit_code=error.exit_code)
+    except OSError as error:
+        return Check(name=name, status="failed", seen=str(error))
 
 
 def run_checks(plan: Plan) -> list[Check]:
-    """Runs every check on `plan`; a check that cannot be made counts as failed, with its sentence."""
-    checks = []
-    for name, check in _CHECKS:
-        try:
-            checks.append(check(plan))
-        except SparktuneError as error:
-            checks.append(Check(name=name, status="failed", seen=str(error), exit_code=error.exit_code))
-        except OSError as error:
-            checks.append(Check(name=name, status="failed", seen=str(error)))
-    return checks
+    """Runs every check on `plan`, in the order in which they are shown."""
+    found: list[ModelSpec | None] = [None]
+
+    def model() -> Check:
+        check, found[0] = _model(plan)
+        return check
+
+    return [
+        _guarded("python", lambda: _python(plan)),
+        _guarded("backend", lambda: _backend(plan)),
+        _guarded("torch", lambda: _torch(plan)),
+        _guarded("gpu", lambda: _gpu(plan)),
+        _guarded("memory", lambda: _memory(plan)),
+        _guarded("model", model),
+        _guarded("data", lambda: _data(plan)),
+        _guarded("folders", lambda: _folders(plan)),
+        _guarded("disk", lambda: _disk(plan, found[0])),
+        _guarded("specs", lambda: _specs(plan)),
+    ]
