@@ -17,6 +17,17 @@ __all__ = ["add_plan_flags", "flag_of", "given_flags"]
 _UNSET = object()
 
 
+class _Gather(argparse.Action):
+    """Collects the values of a flag given several times; argparse's own `append` would append to the default."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Adds one value."""
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if given is _UNSET else given), values])
+
+
 def _inner(annotation: Any) -> Any:
     """Strips `| None` from an annotation."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
@@ -56,7 +67,7 @@ def add_plan_flags(parser: argparse.ArgumentParser, surface: Literal["run", "tra
         elif typing.get_origin(kind) is Literal:
             parser.add_argument(*names, choices=typing.get_args(kind), **common)
         elif name == "sample_prompts":
-            parser.add_argument("--sample-prompt", action="append", metavar="TEXT", **common)
+            parser.add_argument("--sample-prompt", action=_Gather, metavar="TEXT", **common)
         elif typing.get_origin(kind) is list:
             parser.add_argument(*names, type=_list_of_words, metavar="A,B", **common)
         elif kind is Path:
