@@ -26,7 +26,7 @@ from sparktune.training.tower import TextTower
 
 __all__ = [
     "LoraConfig", "adapter_modules", "attach_lora", "default_targets", "load_adapter", "named_adapters",
-    "resolve_targets", "save_adapter",
+    "read_adapter_config", "resolve_targets", "save_adapter",
 ]
 
 Layout = Literal["text", "multimodal"]
@@ -206,7 +206,12 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Returns the settings of a PEFT adapter folder.
+
+    Raises:
+        UsageError: unreadable, or not plain LoRA.
+    """
     path = folder / "adapter_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -265,7 +270,7 @@ def load_adapter(model: TextTower, folder: Path) -> LoraConfig:
     Raises:
         UsageError: another kind of adapter, projections or shapes that are not this model's, or not those attached.
     """
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
     path = folder / _FILE
     if not path.is_file():
         raise UsageError(f"{folder} should hold {_FILE}; it does not. Save the adapter with safetensors.")
