@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import sys
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-__all__ = ["available_gib", "choose_recompute", "is_unified", "peak_gib", "reset_peak"]
+from sparktune.setup.plan.schema import Machine
+
+__all__ = ["available_gib", "choose_recompute", "is_unified", "measure_machine", "peak_gib", "reset_peak"]
 
 GIB = 2**30
 Recompute = Literal["auto", "none", "norms", "layer", "all"]
@@ -60,6 +64,20 @@ def peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+def measure_machine(device: torch.device) -> Machine:
+    """Describes this machine as training finds it; `memory_gib` is what is free now."""
+    gpu = device.type == "cuda"
+    return Machine(
+        device="cuda" if gpu else "cpu",
+        gpu_name=torch.cuda.get_device_name(device) if gpu else None,
+        capability=torch.cuda.get_device_capability(device) if gpu else None,
+        unified_memory=is_unified(device),
+        memory_gib=available_gib(device),
+        cpu_cores=len(os.sched_getaffinity(0)),
+        disk_free_gib=shutil.disk_usage(os.curdir).free / GIB,
+    )
 
 
 def choose_recompute(asked: Recompute, device: torch.device) -> tuple[Policy, str]:

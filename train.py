@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""One training run, from flags or a plan.yaml.
+
+    python train.py --mode lora --train-data data.jsonl --num-epochs 3 --pack --pack-length 5120 --save-steps 200
+    python train.py --resume-from-checkpoint results/lora-2026-01-31-120000/checkpoint-1200
+    python train.py --config results/RUN/plan.yaml
+
+Exit codes: 0 done, 1 failure, 2 usage, 3 machine or model, 4 data, 5 memory, 75 stopped with a checkpoint, 130 aborted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+def own_path() -> None:
+    """Makes `sparktune` importable from the sources, and keeps our folder `kernels` from posing as a package.
+
+    Python puts a script's folder first on sys.path; transformers would then take `kernels` for the Hugging Face one.
+    """
+    sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+    sys.path.insert(0, str(ROOT / "src"))
+
+
+def main() -> int:
+    """Parses the command line, trains, and returns the exit code."""
+    own_path()
+    import argparse
+
+    from sparktune.setup.plan.flags import add_plan_flags, given_flags
+
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, default=None, metavar="PATH", help="a plan.yaml, or a run's own one")
+    add_plan_flags(parser, "train")
+    args = parser.parse_args()
+
+    from sparktune.training.session import run_session  # torch loads here, after --help and usage errors
+
+    return run_session(given_flags(args), args.config, os.environ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The native engine: our own text tower, LoRA or full fine-tuning, AdamW over full-precision masters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from sparktune.kernels.select import OpTable, select_ops
+from sparktune.setup.plan.models import adapter_base, is_adapter_folder
+from sparktune.setup.plan.schema import ModelSpec, Plan
+from sparktune.training.adapters import LoraConfig, attach_lora, load_adapter, save_adapter
+from sparktune.training.batch import MicroBatch
+from sparktune.training.model import TextTower, build_model, export_weights, load_weights, train_everything
+from sparktune.training.optimiser import MasterAdamW
+
+__all__ = ["NativeEngine"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_CALLS = "dropout.calls"
+
+
+class NativeEngine:
+    """A text tower that learns (training/engine.py says what the methods mean).
+
+    Args:
+        model: filled, with whatever learns set to require gradients.
+        plan: the optimiser's settings.
+        export: writes the result into a folder it makes, given the masters by parameter name.
+        what: what learns, in words.
+    """
+
+    def __init__(
+        self, model: TextTower, plan: Plan, export: Callable[[Path, dict[str, torch.Tensor]], None], what: str
+    ) -> None:
+        self.model = model
+        self.device = model.device
+        self._export = export
+        self._what = what
+        learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._optimiser = MasterAdamW(
+            learning, betas=(plan.adam_beta1, plan.adam_beta2), eps=plan.adam_eps, weight_decay=plan.weight_decay,
+            max_grad_norm=plan.max_grad_norm,
+        )
+        model.train()
+
+    @classmethod
+    def build(
+        cls, plan: Plan, spec: ModelSpec, model_dir: Path, device: torch.device, ops: OpTable | None = None
+    ) -> NativeEngine:
+        """Builds, fills and prepares the model that a plan describes.
+
+        Args:
+            plan: complete; `model` may be a PEFT adapter folder, which then goes on learning.
+            spec: the base model's.
+            model_dir: the base model's folder.
+            device: where it trains.
+            ops: the implementations to use; selected for device and type when left out.
+
+        Raises:
+            PreflightError: the checkpoint is incomplete or of an unknown architecture.
+            UsageError: a target that the model does not have, or an adapter that does not fit.
+        """
+        dtype = _DTYPES[plan.dtype]
+        model = build_model(spec, ops or select_ops(device, dtype, spec), dtype, device)
+        load_weights(model, model_dir, spec)
+        assert plan.recompute != "auto", "resolved before the model is built"
+        model.set_recompute(plan.recompute)
+        if plan.mode == "full":
+            names = train_everything(model)
+            model.dropout_seed = plan.seed
+            return cls(
+                model, plan, lambda folder, masters: export_weights(model, model_dir, folder, masters),
+                f"full fine-tuning of {len(names)} tensors",
+            )
+        folder = Path(plan.model)
+        if is_adapter_folder(folder):
+            config, base = load_adapter(model, folder), adapter_base(folder)
+            model.dropout_seed = plan.seed
+            what = f"LoRA of rank {config.r}, going on from {folder}"
+        else:
+            assert plan.lora_r is not None, "resolved before the model is built"
+            config = LoraConfig(
+                r=plan.lora_r, alpha=plan.lora_alpha if plan.lora_alpha is not None else float(plan.lora_r),
+                dropout=plan.lora_dropout, use_rslora=plan.use_rslora,
+                target_modules=None if plan.target_modules is None else tuple(plan.target_modules),
+            )
+            modules = attach_lora(model, config, plan.seed)
+            base, what = plan.model, f"LoRA of rank {config.r} on {len(modules)} projections"
+        return cls(
+            model, plan, lambda out, masters: save_adapter(model, out, config, base, plan.layout, masters), what
+        )
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Op -> the implementation chosen and why."""
+        return self.model.ops.reasons
+
+    def describe(self) -> str:
+        """Returns what learns, in words."""
+        learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        return f"{self._what}: {learning:,} of {total:,} parameters learn in {self.model.dtype}".replace("torch.", "")
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], n_supervised: int) -> torch.Tensor:
+        """Adds the gradients of sum(cross-entropy) / n_supervised; nothing here waits for the device."""
+        wide = torch.promote_types(self.model.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=self.device)
+        for batch in micro_batches:
+            if batch.supervised_tokens:
+                loss = self.model.loss_sum(batch.to(self.device)) / n_supervised
+                loss.backward()
+                total += loss.detach()
+        return total
+
+    def optimiser_step(self, learning_rate: float) -> torch.Tensor:
+        """Clips, steps and zeroes the gradients; returns their norm before clipping."""
+        return self._optimiser.step(learning_rate)
+
+    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Yields (parameter name, gradient since the last step or None)."""
+        return self._optimiser.named_gradients()
+
+    @torch.no_grad()
+    def loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """Returns sum(cross-entropy) of one micro-batch; without gradients there is no dropout."""
+        return self.model.loss_sum(micro_batch.to(self.device))
+
+    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> list[int]:
+        """Returns the greedy continuation, the stop token included if met."""
+        return self.model.generate(prompt_ids, max_new_tokens, stop_ids)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns masters, moments, step counts, and the count of forward passes that dropout masks follow from."""
+        return {**self._optimiser.state(), _CALLS: torch.tensor([self.model.dropout_calls])}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores `state()` exactly. Raises ValueError naming what does not fit."""
+        rest = dict(state)
+        if _CALLS not in rest:
+            raise ValueError(f"{_CALLS} is missing")
+        calls = rest.pop(_CALLS)
+        self._optimiser.load_state(rest)
+        self.model.dropout_calls = int(calls.item())
+
+    def export(self, folder: Path) -> None:
+        """Makes `folder` with the adapter in PEFT's format, or the trained tensors, rounded once from the masters."""
+        self._export(folder, self._optimiser.masters())

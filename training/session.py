@@ -1,0 +1,292 @@
+"""One training process from its command line to its exit code: data, recommendations, model, loop, result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparktune.setup.data.tokenise import PreparedData, prepare
+from sparktune.setup.data.tokenizer import ChatTokenizer, load_tokenizer
+from sparktune.setup.plan.config import save_plan
+from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
+from sparktune.setup.plan.flags import flag_of
+from sparktune.setup.plan.memory import check_fits
+from sparktune.setup.plan.models import NATIVE_FAMILIES, is_adapter_folder, probe, resolve_model_dir
+from sparktune.setup.plan.recommend import apply, recommend
+from sparktune.setup.plan.rundir import RunDir
+from sparktune.setup.plan.schema import ModelSpec, Plan
+from sparktune.training import checkpoint as checkpoints
+from sparktune.training.adapters import read_adapter_config
+from sparktune.training.checkpoint import LoopState
+from sparktune.training.loop import TrainingLoop
+from sparktune.training.memory import choose_recompute, measure_machine, reset_peak
+from sparktune.training.metrics import MetricsLog
+from sparktune.training.narrator import Narrator
+from sparktune.training.native_engine import NativeEngine
+from sparktune.training.packing import PackPlan
+from sparktune.training.runs import Request, open_request, open_run
+from sparktune.training.samples import sample_prompts, stop_ids
+from sparktune.training.schedule import run_length
+from sparktune.training.stop import StopRequest
+
+__all__ = ["run_session"]
+
+_MATHS = (
+    "model", "mode", "engine", "seed", "pack", "pack_length", "num_epochs", "max_steps", "per_device_batch_size",
+    "gradient_accumulation", "learning_rate", "lr_scheduler", "warmup_ratio", "warmup_steps", "optimizer",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm", "lora_r", "lora_alpha", "lora_dropout",
+    "use_rslora", "target_modules", "dtype", "device",
+)
+"""Plan fields that change the numbers. What shapes the data is in the token cache's key, stored beside them."""
+
+
+def run_session(flags: Mapping[str, Any], config: Path | None, env: Mapping[str, str]) -> int:
+    """Trains as the command line says and returns the exit code. Errors are one sentence on standard error.
+
+    Args:
+        flags: plan fields given on the command line.
+        config: what --config names.
+        env: the environment.
+    """
+    events, stop = Narrator(), StopRequest()
+    stop.install()
+    log: list[Path] = []
+    try:
+        with ExitStack() as held:
+            _train(open_request(flags, config, env), events, stop, log, held)
+        return ExitCode.OK
+    except SparktuneError as error:
+        if error.__cause__ is not None:
+            _keep_traceback(log)
+        return _refuse(events, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _refuse(events, "Aborted; the last checkpoint is still good.", ExitCode.INTERRUPTED)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        where = _keep_traceback(log)
+        fix = "Lower --pack-length or --max-seq-length, or pass --recompute layer"
+        return _refuse(events, f"Out of memory: {error}. {fix}. Details: {where}", ExitCode.MEMORY)
+    except OSError as error:
+        _keep_traceback(log)
+        refusal = checkpoints.storage_error(error, "the run's files")
+        return _refuse(events, str(refusal), refusal.exit_code)
+    except Exception as error:  # whatever else goes wrong is a bug, which a user meets as a sentence and a file
+        where = _keep_traceback(log)
+        what = f"{type(error).__name__}: {error}"
+        return _refuse(events, f"Training failed unexpectedly ({what}). Details: {where}", ExitCode.FAILURE)
+    finally:
+        events.close()
+
+
+def _refuse(events: Narrator, text: str, code: ExitCode) -> int:
+    events.message(text, "error")
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def _keep_traceback(log: list[Path]) -> Path:
+    """Appends the current traceback to the run's log, or to a file of its own before there is a run."""
+    if log:
+        path = log[0]
+    else:
+        with tempfile.NamedTemporaryFile(prefix="sparktune-train-", suffix=".log", delete=False) as file:
+            path = Path(file.name)
+    with path.open("a", encoding="utf-8") as file_:
+        traceback.print_exc(file=file_)
+    return path
+
+
+def _train(request: Request, events: Narrator, stop: StopRequest, log: list[Path], held: ExitStack) -> None:
+    plan = request.plan
+    for note in request.notes:
+        events.message(note, "warning")
+    spec = probe(plan.model)
+    device = _device(plan)
+    run = None
+    if request.existing is not None:  # its folder takes the events and errors of everything that follows
+        run = open_run(request, plan, held)
+        _attach(run, events, log, own_log=not request.as_stage)
+    _refuse_unsupported(plan, spec, device)
+    model_dir = resolve_model_dir(plan.model)
+    tokenizer = load_tokenizer(str(model_dir))
+    data = prepare(plan, spec, str(model_dir), events, tokenizer)
+    plan = _decide(_as_adapter_says(plan), spec, data, device, events)
+    _refuse_unsupported(plan, spec, device)
+    estimate = check_fits(plan, spec, data.report, measure_machine(device))
+    if run is None:
+        run = open_run(request, plan, held)
+        plan = plan.model_copy(update={"name": run.name})
+        save_plan(plan, run.plan)
+        _attach(run, events, log, own_log=True)
+    events.message(f"Run {run.name} in {run.root}; peak memory: {estimate.describe()}.")
+    if not run.data_report.exists():
+        run.data_report.parent.mkdir(exist_ok=True)
+        run.data_report.write_text(data.report.model_dump_json(indent=1), encoding="utf-8")
+    _run(request, plan, spec, model_dir, run, data, tokenizer, device, events, stop)
+
+
+def _attach(run: RunDir, events: Narrator, log: list[Path], *, own_log: bool) -> None:
+    try:
+        events.attach(run.stage_events("train"), run.log if own_log else None)
+    except OSError as error:
+        raise checkpoints.storage_error(error, f"the run folder {run.root}") from error
+    log.append(run.log)
+
+
+def _device(plan: Plan) -> torch.device:
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        raise PreflightError(
+            "--device cuda needs a CUDA GPU and a CUDA build of torch; torch "
+            f"{importlib.metadata.version('torch')} sees none. Use --device cpu, or mend the installation."
+        )
+    if plan.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", 0)
+
+
+def _decide(plan: Plan, spec: ModelSpec, data: PreparedData, device: torch.device, events: Narrator) -> Plan:
+    """Fills every open value and says each choice once."""
+    still_open = {name for name in Plan.model_fields if getattr(plan, name) in (None, "auto")}
+    origins = {name: "default" if name in still_open else origin for name, origin in plan.origins.items()}
+    plan = plan.model_copy(update={"origins": origins})
+    found = recommend(plan, spec, data.report, measure_machine(device))
+    for item in found:
+        events.choice(item.field, str(item.value), f"{item.reason}; {item.source}")
+    plan = apply(plan, found)
+    policy, reason = choose_recompute(plan.recompute, device)
+    if plan.recompute == "auto":
+        events.choice("recompute", policy, reason)
+    return plan.model_copy(update={
+        "recompute": policy,
+        "engine": "native" if plan.engine == "auto" and spec.native else plan.engine,
+        "gradient_accumulation": plan.gradient_accumulation or 1,
+    })
+
+
+def _as_adapter_says(plan: Plan) -> Plan:
+    """A model that is an adapter brings rank, scale and targets with it; flags that say otherwise are refused."""
+    folder = Path(plan.model)
+    if not is_adapter_folder(folder):
+        return plan
+    if plan.mode == "full":
+        raise UsageError(f"--mode full cannot train the adapter {folder}. Merge it into its base first, or use lora.")
+    config = read_adapter_config(folder)
+    own: dict[str, Any] = {
+        "mode": "lora", "lora_r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
+        "use_rslora": config.use_rslora,
+        "target_modules": None if config.target_modules is None else list(config.target_modules),
+    }
+    for field, value in own.items():
+        seen = getattr(plan, field)
+        if plan.origins.get(field, "default") != "default" and seen not in ("auto", value):
+            raise UsageError(
+                f"{flag_of(field)} {seen} contradicts the adapter {folder}, whose {field} is {value}. Leave it out to "
+                "go on with that adapter, or give its base as --model to start a new one."
+            )
+    return plan.model_copy(update={**own, "origins": {**plan.origins, **dict.fromkeys(own, "saved")}})
+
+
+def _refuse_unsupported(plan: Plan, spec: ModelSpec, device: torch.device) -> None:
+    """Refuses what this version cannot train, in one sentence each."""
+    if not spec.native:
+        raise PreflightError(
+            f"{plan.model} cannot be trained natively: {spec.native_reason}. The native engine trains "
+            f"{', '.join(NATIVE_FAMILIES)}; other models need the Unsloth engine, which this version does not contain."
+        )
+    if plan.engine == "unsloth":
+        raise PreflightError(
+            "--engine unsloth needs the Unsloth engine, which this version does not contain. Use --engine native: it "
+            f"knows {spec.model_type}."
+        )
+    if plan.mode == "qlora":
+        raise PreflightError(
+            "--mode qlora needs a CUDA GPU with 4-bit kernels and the Unsloth engine, which this version does not "
+            "contain. Use --mode lora."
+        )
+    if plan.optimizer != "adamw":
+        raise PreflightError(
+            f"--optimizer {plan.optimizer} keeps 8-bit moments, which the native engine does not have on "
+            f"{'a CPU' if device.type == 'cpu' else 'this GPU'}. Use --optimizer adamw."
+        )
+
+
+def _maths(plan: Plan, data: PreparedData) -> dict[str, Any]:
+    values = plan.model_dump(mode="json", include=set(_MATHS))
+    return {**values, "training data (file, split, tokenizer, template)": data.train.key}
+
+
+def _run(
+    request: Request, plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir, data: PreparedData,
+    tokenizer: ChatTokenizer, device: torch.device, events: Narrator, stop: StopRequest,
+) -> None:
+    """Builds model and loop, resumes where there is something to resume, trains to the end."""
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes nothing here
+    torch.manual_seed(plan.seed)
+    checkpoint, state = _resume_point(request, plan, run, data, events)
+    train = PackPlan(
+        data.train, pack=plan.pack, pack_length=plan.pack_length, per_device_batch_size=plan.per_device_batch_size,
+        seed=plan.seed,
+    )
+    held_out = None
+    if data.evaluation is not None:
+        held_out = PackPlan(data.evaluation, pack=plan.pack, pack_length=plan.pack_length, shuffle=False)
+    events.message(train.describe())
+    engine = NativeEngine.build(plan, spec, model_dir, device)
+    plan = plan.model_copy(update={"kernels": engine.reasons})
+    save_plan(plan, run.plan)
+    if checkpoint is not None:
+        engine.load_state(checkpoints.load_engine_state(checkpoint))
+        checkpoints.restore_rng(checkpoint)
+    reset_peak(device)
+    metrics = MetricsLog(run, state, events, tensorboard=plan.tensorboard, say=events.message)
+    length = run_length(len(train), plan.gradient_accumulation or 1, plan.num_epochs, plan.max_steps)
+    events.message(
+        f"{length.total_steps} steps ({length.steps_per_epoch} an epoch), {engine.describe()}, seed {plan.seed}."
+    )
+    loop = TrainingLoop(
+        engine=engine, plan=plan, run=run, length=length, train=train,
+        evaluation=held_out,
+        prompts=sample_prompts(plan, tokenizer, data.evaluation),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip(),
+        stop_ids=stop_ids(tokenizer, data.train), log=metrics, state=state, stop=stop, say=events.message,
+        show=events.line,
+    )
+    try:
+        result = loop.run_to_end()
+    finally:
+        metrics.close()
+    size = sum(path.stat().st_size for path in result.rglob("*") if path.is_file())
+    events.emit("artifact", path=str(result), bytes=size)
+    events.message(f"Trained: {result}")
+
+
+def _resume_point(
+    request: Request, plan: Plan, run: RunDir, data: PreparedData, events: Narrator
+) -> tuple[Path | None, LoopState]:
+    """Returns the checkpoint to go on from, None for a fresh start, and the loop's state there."""
+    checkpoints.remove_leftovers(run.root)
+    maths = _maths(plan, data)
+    if request.checkpoint is not None:
+        checkpoint: Path | None = request.checkpoint
+        checkpoints.validate(request.checkpoint)
+    else:
+        checkpoint = checkpoints.newest_valid(run.root, lambda text: events.message(text, "warning"))
+    if checkpoint is None:
+        return None, LoopState(maths=maths)
+    state = checkpoints.load_loop_state(checkpoint)
+    checkpoints.check_same_run(state.maths, maths, checkpoint)
+    for later in checkpoints.checkpoints_of(run.root):
+        if int(later.name.split("-")[1]) > state.step:
+            moved = checkpoints.set_aside(later, "superseded")
+            events.message(f"{later.name} belongs to steps that run again; it is now {moved.name}.", "warning")
+    events.message(f"Resuming from {checkpoint.name}: step {state.step}, micro-batch {state.position} of the data.")
+    return checkpoint, state
