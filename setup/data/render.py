@@ -119,8 +119,10 @@ class ChatRenderer:
                 "empty_assistant", f"the chat template leaves nothing of message {index + 1}, an assistant's."
             )
         first = last = own[0]
-        while last + 1 < len(holes) and holes[last + 1].message == index:
+        seen = {holes[first].piece}
+        while last + 1 < len(holes) and holes[last + 1].message == index and holes[last + 1].piece not in seen:
             last += 1
+            seen.add(holes[last].piece)
         if any(i > last and holes[i].piece not in marked.names for i in own):
             raise RowRefused(
                 "template", f"the chat template mixes the text of message {index + 1}, an assistant's, with another's."
