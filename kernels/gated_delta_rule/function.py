@@ -19,6 +19,7 @@ from sparktune.kernels.gated_delta_rule.triton import (
     chunk_prepare_kernel,
     chunk_scan_kernel,
     prepare_backward_kernel,
+    wy_gradients_kernel,
 )
 from sparktune.kernels.varlen_attention.triton import reduce_heads_kernel
 
@@ -29,7 +30,7 @@ CHUNK = 64
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfigs:
-    """Warps (and stages of the scan's loop) of the five kernels."""
+    """Warps (and stages of the scan's loop) of the six kernels."""
 
     prepare_warps: int
     scan_block_v: int
@@ -38,17 +39,23 @@ class KernelConfigs:
     scan_stages: int
     output_warps: int
     prepare_backward_warps: int
+    wy_warps: int
+    wy_block: int
+    """Columns that the WY gradients' kernel reads at a time."""
     gradients_warps: int
+    gradients_block_v: int
+    """Value columns that the last kernel reads at a time."""
 
 
-# Within 101,376 bytes of shared memory on sm_121a; the tests compile these there.
+# Within 101,376 bytes of shared memory and without spills on sm_121a at K = V = 128; the tests compile these there.
 SMALL_SHARED_MEMORY = KernelConfigs(
-    prepare_warps=4, scan_block_v=32, scan_warps=4, scan_stages=2, output_warps=4, prepare_backward_warps=4,
-    gradients_warps=8,
+    prepare_warps=8, scan_block_v=32, scan_warps=4, scan_stages=2, output_warps=8, prepare_backward_warps=4,
+    wy_warps=4, wy_block=16, gradients_warps=8, gradients_block_v=16,
 )
+# Hopper: the scan has N * HV * V / scan_block_v programs for 132 multiprocessors, so a narrow block of columns.
 HOPPER = KernelConfigs(
-    prepare_warps=4, scan_block_v=16, scan_warps=4, scan_stages=3, output_warps=4, prepare_backward_warps=4,
-    gradients_warps=8,
+    prepare_warps=4, scan_block_v=16, scan_warps=4, scan_stages=2, output_warps=4, prepare_backward_warps=4,
+    wy_warps=8, wy_block=32, gradients_warps=8, gradients_block_v=64,
 )
 
 
@@ -109,7 +116,9 @@ def _check(
     if g.shape != (n_tokens, n_heads) or beta.shape != g.shape:
         raise ValueError(f"g and beta must be [{n_tokens}, {n_heads}]; got {tuple(g.shape)} and {tuple(beta.shape)}.")
     if g.dtype != torch.float32 or beta.dtype != torch.float32:
-        raise ValueError(f"g and beta must be float32: a rounded decay drifts over a document; got {g.dtype}, {beta.dtype}.")
+        raise ValueError(
+            f"g and beta must be float32, since a rounded decay drifts over a document; got {g.dtype} and {beta.dtype}."
+        )
     for name, size in (("K", k.shape[2]), ("V", v.shape[2])):
         if size not in (16, 32, 64, 128):
             raise ValueError(f"{name} must be 16, 32, 64 or 128; got {size}. Use the reference for other sizes.")
@@ -172,7 +181,10 @@ def delta_rule_backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, do: torch.Tensor, gamma: torch.Tensor,
     rstd_q: torch.Tensor, rstd_k: torch.Tensor, inverse: torch.Tensor, kept: tuple[torch.Tensor, ...], sizes: _Sizes,
 ) -> tuple[torch.Tensor, ...]:
-    """Runs the backward kernels; `kept` is (w, n, states), or empty to compute them again. Returns dq, dk, dv, dg, dbeta."""
+    """Runs the backward kernels; `kept` is (w, n, states), or empty to compute them again.
+
+    Returns dq, dk, dv, dg and dbeta, contiguous.
+    """
     n_tokens, n_heads, v_dim = v.shape
     n_keys, k_dim = k.shape[1], k.shape[2]
     chunks, documents = chunk_tables(sizes.boundaries, q.device)
@@ -206,9 +218,15 @@ def delta_rule_backward(
         parts = torch.empty((2, n_tokens, n_heads, k_dim), dtype=torch.float32, device=q.device)
     dv = torch.empty((n_tokens, n_heads, v_dim), dtype=v.dtype, device=q.device)
     dg, dbeta = torch.empty((2, n_tokens, n_heads), dtype=torch.float32, device=q.device)
+    x, e = torch.empty_like(w), torch.empty_like(inverse)
+    wy_gradients_kernel[(n_heads, n_chunks)](
+        k, v, beta, dn, gamma, rstd_k, inverse, states, x, e, dv, dg, dbeta, chunks, *strides[2:], **sizes.constants,
+        BLK=min(config.wy_block, k_dim, v_dim), num_warps=config.wy_warps, num_stages=1,
+    )
     chunk_gradients_kernel[(n_heads, n_chunks)](
-        q, k, v, n, beta, do, dn, gamma, rstd_q, rstd_k, inverse, states, dstates, parts[0], parts[1], dv, dg, dbeta,
-        chunks, *strides, sizes.scale, **sizes.constants, num_warps=config.gradients_warps,
+        q, k, n, beta, do, gamma, rstd_q, rstd_k, states, dstates, x, e, parts[0], parts[1], dg, chunks, *qk_strides,
+        sizes.scale, **sizes.constants, BV=min(config.gradients_block_v, v_dim), num_warps=config.gradients_warps,
+        num_stages=1,
     )
     if grouped:
         rows = 2 * n_tokens * n_keys

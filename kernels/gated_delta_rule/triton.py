@@ -1,4 +1,4 @@
-"""Triton kernels of the chunked gated delta rule: three launches forward, three or four backward.
+"""Triton kernels of the chunked gated delta rule: three launches forward, four backward (five where value heads share a key head).
 
 Legend: T tokens, N documents, HK key heads, HV value heads, K and V their dims, R = HV / HK, C tokens a chunk (chunks
 restart at every document), NC chunks of the row. Per chunk and value head, with q and k l2-normalised, gamma the
@@ -27,6 +27,7 @@ __all__ = [
     "chunk_prepare_kernel",
     "chunk_scan_kernel",
     "prepare_backward_kernel",
+    "wy_gradients_kernel",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -43,9 +44,9 @@ def _load_rows(x, stride_t, rows, cols, eos):
 def _invert_unit_lower(b_a, C: tl.constexpr):
     """(I + A)^-1 of a strictly lower triangular A [C, C], C at most 64, in float32.
 
-    Forward substitution inside the diagonal blocks of 16 rows; between the blocks, with D the block diagonal and
-    M = D^-1 L, M^4 = 0, so (I + M)^-1 = (I - M)(I + M^2). A plain series over 64 rows would lose all digits when
-    keys repeat (its terms grow like binomials).
+    Forward substitution, row by row inside the diagonal blocks of 16 rows, then block by block: with D the block
+    diagonal of I + A and L the rest, X = D^-1 - D^-1 L X is exact after as many rounds as there are blocks less one. A
+    power series in A over 64 rows would lose all digits when keys repeat (its terms grow like binomials).
     """
     NB: tl.constexpr = C // BLOCK
     o_b = tl.arange(0, NB)
@@ -59,19 +60,18 @@ def _invert_unit_lower(b_a, C: tl.constexpr):
         b_x = tl.where((o_i == i)[None, :, None], row[:, None, :], b_x)
     b_x += tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0)[None, :, :]
     b_x = tl.reshape(tl.where(on_diagonal, b_x[:, :, None, :], 0.0), (C, C))
-    if NB == 1:
-        return b_x
     o_c = tl.arange(0, C)
     b_l = tl.where((o_c // BLOCK)[:, None] > (o_c // BLOCK)[None, :], b_a, 0.0)
-    b_m = tl.dot(b_x, b_l, input_precision="tf32x3")
-    b_m2 = tl.dot(b_m, b_m, input_precision="tf32x3")
-    b_r = b_m2 - b_m - tl.dot(b_m, b_m2, input_precision="tf32x3")
-    return b_x + tl.dot(b_r, b_x, input_precision="tf32x3")
+    b_m = -tl.dot(b_x, b_l, input_precision="tf32x3")
+    b_d = b_x
+    for _ in range(NB - 1):
+        b_x = b_d + tl.dot(b_m, b_x, input_precision="tf32x3")
+    return b_x
 
 
 @triton.jit
 def _decay(b_gi, b_gj, keep):
-    """exp2(gamma_i - gamma_j) where kept, 0 elsewhere; never the exponential of a positive number that is then dropped."""
+    """exp2(gamma_i - gamma_j) where kept, 0 elsewhere; what is dropped is never exponentiated, it could overflow."""
     return tl.exp2(tl.where(keep, b_gi - b_gj, float("-inf")))
 
 
@@ -149,7 +149,7 @@ def _scan_backward(
     q, k, w, do, dn, gamma, rstd_q, rstd_k, dstates, bos, eos, i_c0, i_h, o_v, stride_qt, stride_kt, scale,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
 ):
-    """Carries the state's gradient back through one document; writes it behind each chunk, and completes dn in place."""
+    """Carries the state's gradient back through one document; writes it behind each chunk, completes dn in place."""
     o_c, o_k = tl.arange(0, C), tl.arange(0, K)
     i_hk = i_h // (HV // HK)
     n_chunks = tl.cdiv(eos - bos, C)
@@ -196,18 +196,18 @@ def chunk_scan_kernel(
     i_c0 = tl.load(documents + i_n * 3 + 2)
     o_v = i_v * BV + tl.arange(0, BV)
     i_hk = i_h // (HV // HK)
-    if FORWARD:
-        if tl.program_id(2) == 0:
+    direction = tl.program_id(2) + (0 if FORWARD else 1)
+    if direction == 0:
+        if FORWARD:
             _scan_forward(
                 k + i_hk * stride_kh, w, u, gamma, rstd_k, states, bos, eos, i_c0, i_h, o_v, stride_kt,
                 HK, HV, K, V, C, BV,
             )
-    if BACKWARD:
-        if tl.program_id(2) == (1 if FORWARD else 0):
-            _scan_backward(
-                q + i_hk * stride_qh, k + i_hk * stride_kh, w, do, dn, gamma, rstd_q, rstd_k, dstates, bos, eos, i_c0,
-                i_h, o_v, stride_qt, stride_kt, scale, HK, HV, K, V, C, BV,
-            )
+    elif BACKWARD:
+        _scan_backward(
+            q + i_hk * stride_qh, k + i_hk * stride_kh, w, do, dn, gamma, rstd_q, rstd_k, dstates, bos, eos, i_c0,
+            i_h, o_v, stride_qt, stride_kt, scale, HK, HV, K, V, C, BV,
+        )
 
 
 @triton.jit
@@ -275,94 +275,139 @@ def prepare_backward_kernel(
 
 
 @triton.jit
-def chunk_gradients_kernel(
-    q, k, v, n, beta, do, dn, gamma, rstd_q, rstd_k, inverse, states, dstates, dq, dk, dv, dg, dbeta, chunks,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, scale,
-    HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+def wy_gradients_kernel(
+    k, v, beta, dn, gamma, rstd_k, inverse, states, x, e, dv, dgamma, dbeta, chunks, stride_kt, stride_kh, stride_vt,
+    stride_vh,
+    HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLK: tl.constexpr,
 ):
-    """All gradients of one chunk and value head, from the states and their gradients.
+    """Gradients through w = X (beta e^gamma k) and u = X (beta v): dv, dbeta, and the parts that dk and dg need.
 
-    Grid (HV, NC). dq and dk [T, HV, K] (a value head each; the host adds the heads that share a key head), dv
-    [T, HV, V], dg and dbeta fp32 [T, HV]. With x = X^T dw and y = X^T dn the gradient of A is -(x w^T + y u^T): no
-    product of three [C, C] matrices, and both of its triangles are computed as they are used.
+    Grid (HV, NC). With x = X^T dw, dw = -dn S^T, and y = X^T dn the gradient of A is -(x w^T + y u^T), strictly lower:
+    no product of three [C, C] matrices. Stores x [T, HV, K], e [NC, HV, C, C] = dA[i, j] beta_i
+    exp(gamma_i - gamma_j), and dgamma fp32 [T, HV]; the normalised k's gradient is beta e^gamma x + (e + e^T) k.
     """
     i_h, i_c = tl.program_id(0), tl.program_id(1)
     t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
     i_hk = i_h // (HV // HK)
-    o_c = tl.arange(0, C)
-    o_k, o_v = tl.arange(0, K), tl.arange(0, V)
+    o_c, o_v, o_b = tl.arange(0, C), tl.arange(0, V), tl.arange(0, BLK)
     rows = t_0 + o_c
     keep = rows < eos
-    p_rows_v = (rows[:, None] * HV + i_h) * V + o_v[None, :]
+    i_ch = i_c.to(tl.int64) * HV + i_h
+    states += i_ch * K * V
+    inverse += i_ch * C * C
+    v += i_h * stride_vh
+    k += i_hk * stride_kh
+    b_g = tl.load(gamma + rows * HV + i_h, mask=keep, other=0.0)
+    b_beta = tl.load(beta + rows * HV + i_h, mask=keep, other=0.0)
+    b_rk = tl.load(rstd_k + rows * HK + i_hk, mask=keep, other=0.0)
+
+    # Both loops go through a few columns at a time, or the tiles would not fit the registers of sm_121.
+    b_dbeta = tl.zeros([C], dtype=tl.float32)
+    b_da = tl.zeros([C, C], dtype=tl.float32)
+    for v_0 in range(0, V, BLK):
+        p_rows = (rows[:, None] * HV + i_h) * V + (v_0 + o_b)[None, :]
+        b_dn = tl.load(dn + p_rows, mask=keep[:, None], other=0.0)
+        b_v = _load_rows(v, stride_vt, rows, v_0 + o_b, eos)
+        b_y = tl.dot(tl.load(inverse + o_c[None, :] * C + o_c[:, None]), b_dn)
+        tl.store(dv + p_rows, (b_y * b_beta[:, None]).to(dv.dtype.element_ty), mask=keep[:, None])
+        b_dbeta += tl.sum(b_y * b_v, 1)
+        b_x = tl.load(inverse + o_c[:, None] * C + o_c[None, :]).to(tl.float32)
+        b_u = tl.dot((b_x * b_beta[None, :]).to(b_v.dtype), b_v)
+        b_da = tl.dot(b_y.to(b_v.dtype), tl.trans(b_u.to(b_v.dtype)), b_da)
+
+    b_kk = tl.zeros([C, C], dtype=tl.float32)
+    b_yk = tl.zeros([C], dtype=tl.float32)
+    for k_0 in range(0, K, BLK):
+        b_k = _load_rows(k, stride_kt, rows, k_0 + o_b, eos)
+        b_dn = tl.load(dn + (rows[:, None] * HV + i_h) * V + o_v[None, :], mask=keep[:, None], other=0.0)
+        b_dw = tl.dot(b_dn, tl.load(states + (k_0 + o_b)[None, :] * V + o_v[:, None]))
+        b_y = tl.dot(tl.load(inverse + o_c[None, :] * C + o_c[:, None]), (-b_dw).to(b_k.dtype))
+        b_yk += tl.sum(b_y * b_k, 1)
+        b_yb = b_y.to(b_k.dtype)
+        tl.store(x + (rows[:, None] * HV + i_h) * K + (k_0 + o_b)[None, :], b_yb, mask=keep[:, None])
+        b_x = tl.load(inverse + o_c[:, None] * C + o_c[None, :]).to(tl.float32)
+        b_w = tl.dot((b_x * (b_beta * tl.exp2(b_g) * b_rk)[None, :]).to(b_k.dtype), b_k)
+        b_da = tl.dot(b_yb, tl.trans(b_w.to(b_k.dtype)), b_da)
+        b_kk = tl.dot(b_k, tl.trans(b_k), b_kk)
+    b_yk *= b_rk * tl.exp2(b_g)
+    # beta_i multiplies row i of A; its gradient is the row's sum without it, so it comes into e only afterwards.
+    b_e = -b_da * _decay(b_g[:, None], b_g[None, :], o_c[:, None] > o_c[None, :])
+    b_ek = b_e * b_kk * b_rk[:, None] * b_rk[None, :]
+    b_low = tl.sum(b_ek, 1)
+    tl.store(dbeta + rows * HV + i_h, b_dbeta + b_yk + b_low, mask=keep)
+    b_e *= b_beta[:, None]
+    tl.store(e + (i_ch * C + o_c[:, None]) * C + o_c[None, :], b_e.to(e.dtype.element_ty))
+    b_dgamma = b_beta * (b_yk + b_low) - tl.sum(b_ek * b_beta[:, None], 0)
+    tl.store(dgamma + rows * HV + i_h, b_dgamma, mask=keep)
+
+
+@triton.jit
+def chunk_gradients_kernel(
+    q, k, n, beta, do, gamma, rstd_q, rstd_k, states, dstates, x, e, dq, dk, dg, chunks, stride_qt, stride_qh,
+    stride_kt, stride_kh, scale,
+    HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+):
+    """dq, dk and dg of one chunk and value head; x, e and dg's begin come from `wy_gradients_kernel`.
+
+    Grid (HV, NC). dq and dk [T, HV, K]: one a value head, the host adds the heads that share a key head. dg fp32
+    [T, HV] is read as the gradient of gamma so far and overwritten with that of g.
+    """
+    i_h, i_c = tl.program_id(0), tl.program_id(1)
+    t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
+    i_hk = i_h // (HV // HK)
+    o_c, o_k, o_bv = tl.arange(0, C), tl.arange(0, K), tl.arange(0, BV)
+    rows = t_0 + o_c
+    keep = rows < eos
+    i_ch = i_c.to(tl.int64) * HV + i_h
+    states += i_ch * K * V
+    dstates += i_ch * K * V
     b_g = tl.load(gamma + rows * HV + i_h, mask=keep, other=0.0)
     b_last = tl.load(gamma + (tl.minimum(t_0 + C, eos) - 1) * HV + i_h)
-    b_beta = tl.load(beta + rows * HV + i_h, mask=keep, other=0.0)
     b_rq = tl.load(rstd_q + rows * HK + i_hk, mask=keep, other=0.0)
     b_rk = tl.load(rstd_k + rows * HK + i_hk, mask=keep, other=0.0)
-    b_eg = tl.exp2(b_g)
-    p_x = inverse + (i_c.to(tl.int64) * HV + i_h) * C * C
-    p_s = ((i_c.to(tl.int64) * HV + i_h) * K + o_k[:, None]) * V + o_v[None, :]
-    lower = o_c[:, None] > o_c[None, :]
 
-    # The values' side of the WY form: y, dv, u, and its share of dA.
-    b_xt = tl.load(p_x + o_c[None, :] * C + o_c[:, None])
-    b_x = tl.load(p_x + o_c[:, None] * C + o_c[None, :]).to(tl.float32)
-    b_dn = tl.load(dn + p_rows_v, mask=keep[:, None], other=0.0)
-    b_v = _load_rows(v + i_h * stride_vh, stride_vt, rows, o_v, eos)
-    b_y = tl.dot(b_xt, b_dn)
-    tl.store(dv + p_rows_v, (b_y * b_beta[:, None]).to(dv.dtype.element_ty), mask=keep[:, None])
-    b_dbeta = tl.sum(b_y * b_v, 1)
-    b_u = tl.dot((b_x * b_beta[None, :]).to(b_v.dtype), b_v).to(b_v.dtype)
-    b_yb = b_y.to(b_v.dtype)
-    b_da = tl.dot(b_yb, tl.trans(b_u))
-    b_dat = tl.dot(b_u, tl.trans(b_yb))
+    b_p = tl.zeros([C, C], dtype=tl.float32)
+    b_pt = tl.zeros([C, C], dtype=tl.float32)
+    b_dq = tl.zeros([C, K], dtype=tl.float32)
+    b_dk = tl.zeros([C, K], dtype=tl.float32)
+    b_dlast = tl.zeros([K], dtype=tl.float32)
+    for v_0 in range(0, V, BV):
+        o_v = v_0 + o_bv
+        p_rows = (rows[:, None] * HV + i_h) * V + o_v[None, :]
+        b_do = tl.load(do + p_rows, mask=keep[:, None], other=0.0)
+        b_n = tl.load(n + p_rows, mask=keep[:, None], other=0.0)
+        b_st = tl.load(states + o_k[None, :] * V + o_v[:, None])
+        b_dst = tl.load(dstates + o_k[None, :] * V + o_v[:, None])
+        b_dlast += tl.sum(b_st.to(tl.float32) * b_dst.to(tl.float32), 0)
+        b_p = tl.dot(b_do, tl.trans(b_n), b_p)
+        b_pt = tl.dot(b_n, tl.trans(b_do), b_pt)
+        b_dq = tl.dot(b_do, b_st, b_dq)
+        b_dk = tl.dot(b_n, b_dst, b_dk)
 
-    # The keys' side: x, w, their share of dA, and of k's gradient.
-    b_s = tl.load(states + p_s)
+    b_p *= _decay(b_g[:, None], b_g[None, :], o_c[:, None] >= o_c[None, :]) * (scale * b_rk)[None, :]
     b_k = _load_rows(k + i_hk * stride_kh, stride_kt, rows, o_k, eos)
-    b_dw = -tl.dot(b_dn, tl.trans(b_s))
-    b_xw = tl.dot(b_xt, b_dw.to(b_k.dtype))
-    b_w = tl.dot((b_x * (b_beta * b_eg * b_rk)[None, :]).to(b_k.dtype), b_k).to(b_k.dtype)
-    b_xb = b_xw.to(b_k.dtype)
-    b_da = tl.dot(b_xb, tl.trans(b_w), b_da)
-    b_dat = tl.dot(b_w, tl.trans(b_xb), b_dat)
-    b_xk = tl.sum(b_xw * b_k, 1) * b_rk * b_eg
-    b_dbeta += b_xk
-    b_dgamma = b_xk * b_beta
-    b_dk = b_xw * (b_beta * b_eg)[:, None]
-    # Rows i of the lower triangle hold dA[i, j], of the upper one dA[j, i]; beta_i of the former comes in below, since
-    # its own gradient is the row's sum without it.
-    b_e = tl.where(lower, -b_da, -b_dat * b_beta[None, :])
-    b_e *= tl.exp2(tl.where(lower, b_g[:, None] - b_g[None, :], b_g[None, :] - b_g[:, None])) * b_rk[None, :]
-    b_e = tl.where(o_c[:, None] == o_c[None, :], 0.0, b_e)
-    b_ek = b_e * tl.dot(b_k, tl.trans(b_k)) * b_rk[:, None]
-    b_low = tl.sum(tl.where(lower, b_ek, 0.0), 1)
-    b_dbeta += b_low
-    b_dgamma += b_beta * b_low - tl.sum(tl.where(lower, 0.0, b_ek), 1)
-    b_e *= tl.where(lower, b_beta[:, None], 1.0)
-    b_dk = tl.dot(b_e.to(b_k.dtype), b_k, b_dk)
-
-    # The output's side: dq, and k through the scores and through the state behind the chunk.
-    b_do = tl.load(do + p_rows_v, mask=keep[:, None], other=0.0)
-    b_n = tl.load(n + p_rows_v, mask=keep[:, None], other=0.0)
-    b_p = tl.dot(b_do, tl.trans(b_n)) * _decay(b_g[:, None], b_g[None, :], o_c[:, None] >= o_c[None, :])
-    b_dq = tl.dot(b_do, tl.trans(b_s)) * (scale * b_eg)[:, None]
-    b_dq = tl.dot((b_p * (scale * b_rk)[None, :]).to(b_k.dtype), b_k, b_dq)
+    b_dq = tl.dot(b_p.to(b_k.dtype), b_k, b_dq * (scale * tl.exp2(b_g))[:, None])
     b_q = _load_rows(q + i_hk * stride_qh, stride_qt, rows, o_k, eos)
     b_cq = tl.sum(b_dq * b_q, 1) * b_rq
     b_dq = (b_dq - b_q * (b_rq * b_cq)[:, None]) * b_rq[:, None]
     p_rows_k = (rows[:, None] * HV + i_h) * K + o_k[None, :]
     tl.store(dq + p_rows_k, b_dq.to(dq.dtype.element_ty), mask=keep[:, None])
-    b_sd = tl.load(dstates + p_s)
-    b_dlast = tl.sum(tl.sum(b_s.to(tl.float32) * b_sd.to(tl.float32), 1), 0) * tl.exp2(b_last)
-    b_dk1 = tl.dot(b_n, tl.trans(b_sd)) * tl.exp2(b_last - b_g)[:, None]
-    b_dlast += tl.sum(tl.sum(b_dk1 * b_k, 1) * b_rk, 0)
-    b_pt = tl.dot(b_n, tl.trans(b_do)) * _decay(b_g[None, :], b_g[:, None], o_c[:, None] <= o_c[None, :])
-    b_dk1 = tl.dot((b_pt * (scale * b_rq)[None, :]).to(b_q.dtype), b_q, b_dk1)
-    b_dgamma += b_cq - tl.sum(b_dk1 * b_k, 1) * b_rk
-    b_dk += b_dk1
+
+    b_dk *= tl.exp2(b_last - b_g)[:, None]
+    d_last = tl.sum(b_dlast, 0) * tl.exp2(b_last) + tl.sum(tl.sum(b_dk * b_k, 1) * b_rk, 0)
+    b_pt *= _decay(b_g[None, :], b_g[:, None], o_c[:, None] <= o_c[None, :]) * (scale * b_rq)[None, :]
+    b_dk = tl.dot(b_pt.to(b_q.dtype), b_q, b_dk)
+    b_dgamma = tl.load(dg + rows * HV + i_h, mask=keep, other=0.0) + b_cq - tl.sum(b_dk * b_k, 1) * b_rk
+    tl.store(dg + rows * HV + i_h, tl.cumsum(b_dgamma, 0, reverse=True) + d_last, mask=keep)
+
+    b_beta = tl.load(beta + rows * HV + i_h, mask=keep, other=0.0)
+    b_x = tl.load(x + p_rows_k, mask=keep[:, None], other=0.0)
+    b_dk += b_x * (b_beta * tl.exp2(b_g))[:, None]
+    # e and its transpose are both read from memory: see the module's docstring on transposed register tiles.
+    e += i_ch * C * C
+    b_e = tl.load(e + o_c[:, None] * C + o_c[None, :]).to(tl.float32)
+    b_e += tl.load(e + o_c[None, :] * C + o_c[:, None]).to(tl.float32)
+    b_dk = tl.dot((b_e * b_rk[None, :]).to(b_k.dtype), b_k, b_dk)
     b_ck = tl.sum(b_dk * b_k, 1) * b_rk
     b_dk = (b_dk - b_k * (b_rk * b_ck)[:, None]) * b_rk[:, None]
     tl.store(dk + p_rows_k, b_dk.to(dk.dtype.element_ty), mask=keep[:, None])
-    tl.store(dg + rows * HV + i_h, tl.cumsum(b_dgamma, 0, reverse=True) + b_dlast, mask=keep)
-    tl.store(dbeta + rows * HV + i_h, b_dbeta, mask=keep)
