@@ -3,7 +3,8 @@
 Legend: T tokens, C channels, W <= 4 taps, N documents, BT x BC the tile of one program, S output segments.
 
     pre[t, c] = sum_j w[c, j] x[t - (W - 1) + j, c]  over tokens of t's own document;   y = silu(pre)
-    dpre = dy * silu'(pre);   dx[t] = sum_k w[:, W - 1 - k] dpre[t + k];   dw[c, j] = sum_t dpre[t, c] x[t - (W - 1) + j, c]
+    dpre = dy * silu'(pre);   dx[t] = sum_k w[:, W - 1 - k] dpre[t + k]
+    dw[c, j] = sum_t dpre[t, c] x[t - (W - 1) + j, c]
 
 A program walks its rows once with the last three rows in registers, so every element is read from memory once
 (three rows of halo a tile). The output, and the gradient that comes back, may lie in up to three tensors (q, k, v).

@@ -48,5 +48,5 @@ def gated_rms_norm_fused(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor,
         ValueError: x and z differ in shape.
     """
     if x.shape != z.shape or x.dim() != 3:
-        raise ValueError(f"gated_rms_norm needs x and z of one shape [T, HV, V], got {tuple(x.shape)}, {tuple(z.shape)}")
+        raise ValueError(f"gated_rms_norm needs x and z alike, [T, HV, V]; got {tuple(x.shape)} and {tuple(z.shape)}")
     return _GatedRMSNorm.apply(x, z, weight, eps)
