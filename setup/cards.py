@@ -23,6 +23,7 @@ from sparktune.setup.plan.schema import DatasetReport, Plan, Recommendation
 __all__ = ["checks_table", "first_and_last_loss", "next_steps", "plan_table", "report_tables", "result_card", "size_of"]
 
 _ALWAYS = ("model", "data", "mode", "engine", "num_epochs", "eval_split", "max_seq_length", "mtp", "gguf", "backend")
+_NARROW = 130
 _STATUS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
@@ -81,16 +82,27 @@ def show_value(value: Any) -> str:
     return os.fspath(value) if isinstance(value, Path) else str(value)
 
 
-def plan_table(plan: Plan, recommendations: Sequence[Recommendation]) -> Table:
-    """Shows the values that matter, where each came from, and why recommended ones are what they are."""
-    table = _table(strings.PLAN_TITLE, "flag", "value", "from", "why")
+def plan_table(plan: Plan, recommendations: Sequence[Recommendation], width: int) -> Table:
+    """Shows the values that matter, where each came from, and why recommended ones are what they are.
+
+    Args:
+        plan: the complete plan.
+        recommendations: the reasons.
+        width: columns of the screen; on a narrow one a reason stands under its value.
+    """
+    narrow = width < _NARROW
+    table = _table(strings.PLAN_TITLE, *(("flag", "value") if narrow else ("flag", "value", "from", "why")))
+    table.columns[0].no_wrap = True
     reasons = {r.field: f"{r.reason} [{r.source}]" for r in recommendations}
     for field in Plan.model_fields:
         origin = plan.origins.get(field, "default")
         if field in _ALWAYS or (origin != "default" and field in plan.origins):
-            table.add_row(
-                flag_of(field), escape(show_value(getattr(plan, field))), origin, escape(reasons.get(field, "")),
-            )
+            value, reason = show_value(getattr(plan, field)), reasons.get(field, "")
+            if narrow:
+                why = f"\n{reason}" if reason else ""
+                table.add_row(flag_of(field), Text.assemble(f"{value}  ({origin})", (why, "dim")))
+            else:
+                table.add_row(flag_of(field), escape(value), origin, escape(reason))
     return table
 
 

@@ -44,15 +44,19 @@ __all__ = ["main"]
 _WIDE = 240
 
 
+def _console(plain: bool, stderr: bool) -> Console:
+    """Returns a console; into a file or a pipe it writes wide lines, so that paths and reasons stay whole."""
+    console = Console(stderr=stderr, no_color=True if plain else None)
+    return console if console.is_terminal else Console(stderr=stderr, no_color=True, width=_WIDE)
+
+
 class _Session:
     """One call of the program: what was asked for, and where output goes."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
-        self.messages = Console(stderr=True, no_color=True if arguments.plain else None)
-        self.data = Console(no_color=True if arguments.plain else None)
-        if not self.data.is_terminal:
-            self.data = Console(width=_WIDE)  # a file or a pipe: paths and reasons stay whole
+        self.messages = _console(arguments.plain, stderr=True)
+        self.data = _console(arguments.plain, stderr=False)
         notes: list[str] = []
         self.config = read_config(arguments.config, notes) if arguments.config else {}
         for note in notes:
@@ -138,7 +142,7 @@ def _plan(session: _Session) -> int:
             })
             return
         session.data.print(report_tables(analysis.report))
-        session.data.print(plan_table(plan, recommendations))
+        session.data.print(plan_table(plan, recommendations, session.data.width))
         session.data.print(escape(f"memory: {estimate.describe()}"), highlight=False, soft_wrap=True)
         session.data.print(escape(strings.REPLAY.format(command=replay_command(plan))), highlight=False, soft_wrap=True)
 

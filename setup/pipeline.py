@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -93,7 +93,7 @@ class _Runner:
         self.plan, self.run, self.backend = plan, run, backend
         self.display, self.stop, self.lock = display, stop, lock
 
-    def stage(self, stage: str, number: int, count: int, extra: tuple[str, ...] = ()) -> float:
+    def stage(self, stage: str, number: int, count: int) -> float:
         """Runs one stage and returns its seconds.
 
         Raises:
@@ -118,7 +118,7 @@ class _Runner:
 
             try:
                 code = self.backend.run_stage(
-                    stage, self.run, self.plan, extra=extra, on_poll=poll, stop=self.stop, lock_fd=self.lock.fd
+                    stage, self.run, self.plan, on_poll=poll, stop=self.stop, lock_fd=self.lock.fd
                 )
                 poll()
             finally:
@@ -161,7 +161,7 @@ class Analysis:
     def discard(self) -> None:
         """Removes the unnamed folder; the token cache stays."""
         self.lock.close()
-        shutil.rmtree(self.run.root, ignore_errors=True)
+        _remove_pending(self.run.root)
 
 
 def check_name_free(plan: Plan) -> None:
@@ -194,6 +194,13 @@ def preflight(plan: Plan, display: Display) -> None:
     if failed:
         codes = {c.exit_code for c in failed}
         raise StageFailed("preflight", codes.pop() if len(codes) == 1 else int(ExitCode.PREFLIGHT))
+
+
+def _remove_pending(folder: Path) -> None:
+    """Removes an unnamed folder, and the results folder too when nothing else is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()
 
 
 def _sweep(results: Path) -> None:
@@ -242,7 +249,7 @@ def analyse(plan: Plan, display: Display, stop: StopSignals, count: int = 1) -> 
         )
     except BaseException:
         lock.close()
-        shutil.rmtree(root, ignore_errors=True)
+        _remove_pending(root)
         raise
     return analysis
 
@@ -357,7 +364,7 @@ def show_plan(
 ) -> None:
     """Shows the data and the complete plan with its reasons."""
     console.print(report_tables(report))
-    console.print(plan_table(plan, recommendations))
+    console.print(plan_table(plan, recommendations, console.width))
 
 
 def show_result(plan: Plan, run: RunDir, json_out: bool) -> None:
@@ -369,11 +376,6 @@ def show_result(plan: Plan, run: RunDir, json_out: bool) -> None:
     if not console.is_terminal:
         console = Console(width=_WIDE)  # a file or a pipe: paths stay whole
     console.print(result_card(plan, run, replay_command(plan), next_steps(plan, run)))
-
-
-def _newest_checkpoint(run: RunDir) -> Path | None:
-    found = [p for p in run.root.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
-    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
 
 def _run_stages(
@@ -391,11 +393,9 @@ def _run_stages(
             if output_hash is None:
                 raise UsageError(strings.NOT_FINISHED.format(stage=stage, run=run.name))
         else:
-            checkpoint = _newest_checkpoint(run) if stage == "train" else None
-            extra = ("--resume-from-checkpoint", str(checkpoint)) if checkpoint else ()
             state.begin(stage)
             try:
-                seconds = runner.stage(stage, number, len(stages), extra)
+                seconds = runner.stage(stage, number, len(stages))
             except StageFailed as failure:
                 _how_to_go_on(display, run, failure)
                 raise

@@ -104,7 +104,8 @@ class PlainDisplay(_Common):
         if self._line_event(event):
             return
         if event.get("kind") == "progress":
-            self._progress = f"{event['phase']} {amount(event['done'], event.get('total'), event['unit'])}"
+            phase = "" if event["phase"] == self._stage else f"{event['phase']} "
+            self._progress = phase + amount(event["done"], event.get("total"), event["unit"])
         elif event.get("kind") == "metric":
             self._figures = _metric(event)
         now = self._clock()
@@ -125,13 +126,11 @@ class LiveDisplay(_Common):
         super().__init__(console)
         self._bars: Progress | None = None
         self._task: TaskID | None = None
-        self._phase = ""
-        self._figures = ""
-        self._head = ""
+        self._stage = self._phase = self._figures = self._head = ""
 
     def begin(self, stage: str, number: int, count: int) -> None:
         """Starts the stage's bar."""
-        self._phase, self._figures = "", ""
+        self._stage, self._phase, self._figures = stage, "", ""
         self._head = f"[{number}/{count}] {strings.STAGES[stage]}"
         self._bars = Progress(
             SpinnerColumn("line"), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
@@ -151,7 +150,8 @@ class LiveDisplay(_Common):
         elif event.get("kind") == "progress":
             if event["phase"] != self._phase:
                 self._phase = event["phase"]
-                self._bars.reset(self._task, total=event.get("total"), description=f"{self._head}: {self._phase}")
+                head = self._head if self._phase == self._stage else f"{self._head}: {self._phase}"
+                self._bars.reset(self._task, total=event.get("total"), description=head)
             self._bars.update(
                 self._task, completed=event["done"], total=event.get("total"),
                 amount=amount(event["done"], event.get("total"), event["unit"]), figures=self._figures,

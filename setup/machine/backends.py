@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -66,8 +66,8 @@ class Backend(Protocol):
     name: str
 
     def run_stage(
-        self, stage: str, run: RunDir, plan: Plan, *, extra: Sequence[str], on_poll: Callable[[], None],
-        stop: StopSignals, lock_fd: int | None,
+        self, stage: str, run: RunDir, plan: Plan, *, on_poll: Callable[[], None], stop: StopSignals,
+        lock_fd: int | None,
     ) -> int:
         """Runs `stage` to its end.
 
@@ -75,7 +75,6 @@ class Backend(Protocol):
             stage: a name of docs/architecture.md.
             run: its folders.
             plan: the plan that RUN/plan.yaml holds.
-            extra: arguments appended to the stage's own.
             on_poll: called several times a second while the stage runs.
             stop: signals so far; the first is passed on as SIGINT, the second kills.
             lock_fd: file descriptor of the run's lock, which the stage must hold as long as it lives.
@@ -157,11 +156,11 @@ class LocalBackend:
         return {**env, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
     def run_stage(
-        self, stage: str, run: RunDir, plan: Plan, *, extra: Sequence[str], on_poll: Callable[[], None],
-        stop: StopSignals, lock_fd: int | None,
+        self, stage: str, run: RunDir, plan: Plan, *, on_poll: Callable[[], None], stop: StopSignals,
+        lock_fd: int | None,
     ) -> int:
         """Runs `stage`; see `Backend.run_stage`."""
-        argv = [*self.command(stage, run), *extra]
+        argv = self.command(stage, run)
         with run.log.open("ab") as log:
             log.write(f"\n==> {stage}: {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             log.flush()
