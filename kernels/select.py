@@ -1,7 +1,7 @@
 """Which implementation each op uses: chosen once, when the model is built, with the reason.
 
 To add a fused implementation, put its function behind the reference's signature into `kernels/<op>/function.py` and add
-one `Candidate` to `_FUSED`; candidates are asked in order, and the reference is what remains.
+one `Candidate` to `FUSED` in kernels/candidates.py; candidates are asked in order, and the reference is what remains.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from sparktune.kernels.attention_prologue.reference import attention_prologue_reference
+from sparktune.kernels.candidates import FUSED, Candidate
 from sparktune.kernels.causal_conv1d.reference import causal_conv1d_reference
 from sparktune.kernels.gated_delta_rule.reference import gated_delta_rule_reference, gdn_gates_reference
 from sparktune.kernels.gated_rms_norm.reference import gated_rms_norm_reference
@@ -50,19 +51,6 @@ class OpTable:
     """Op -> the implementation chosen and why."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A fused implementation that may serve an op."""
-
-    name: str
-    """What logs call it, for example triton."""
-    module: str
-    """Module that holds the function; imported only when the candidate is chosen."""
-    function: str
-    objection: Callable[[torch.device, torch.dtype, ModelShape], str]
-    """Returns why it cannot serve this device, type and model; empty when it can. Must not import the module."""
-
-
 _REFERENCES: dict[str, Callable[..., object]] = {
     "rms_norm": rms_norm_reference,
     "add_rms_norm": add_rms_norm_reference,
@@ -80,13 +68,10 @@ _REFERENCES: dict[str, Callable[..., object]] = {
 OPS = tuple(_REFERENCES)
 """Names of all ops."""
 
-_FUSED: dict[str, tuple[Candidate, ...]] = {}
-"""Op -> its fused candidates, best first."""
-
 
 def _choose(op: str, device: torch.device, dtype: torch.dtype, spec: ModelShape) -> tuple[Callable[..., object], str]:
     refused = []
-    for candidate in _FUSED.get(op, ()):
+    for candidate in FUSED.get(op, ()):
         objection = candidate.objection(device, dtype, spec)
         if not objection:
             function = getattr(importlib.import_module(candidate.module), candidate.function)
