@@ -1,0 +1,43 @@
+"""The native engine on a bench's model and documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sparktune.kernels.select import OpTable
+from sparktune.lab.shapes import LORA_TARGETS, random_documents
+from sparktune.setup.plan.models import probe
+from sparktune.setup.plan.schema import Plan
+from sparktune.training.batch import IGNORE_INDEX, MicroBatch
+from sparktune.training.native_engine import NativeEngine
+
+__all__ = ["build_engine", "micro_batches"]
+
+
+def build_engine(folder: Path, *, rank: int, full: bool, recompute: str, dtype: str = "bfloat16",
+                 ops: OpTable | None = None, device: str = "cuda") -> NativeEngine:
+    """Returns the engine as a run would build it: LoRA of `rank` (alpha = rank), or full fine-tuning."""
+    plan = Plan(
+        model=str(folder), mode="full" if full else "lora", dtype=dtype, device=device, recompute=recompute,
+        lora_r=rank, lora_alpha=float(rank), target_modules=LORA_TARGETS, weight_decay=0.01, max_grad_norm=0.0,
+    )
+    return NativeEngine.build(plan, probe(str(folder)), folder, torch.device(device), ops)
+
+
+def micro_batches(lengths: list[int], supervised: float, accum: int, device: torch.device) -> list[MicroBatch]:
+    """Returns `accum` micro-batches of documents of these lengths, the tokens that the peers get."""
+    return [_row(random_documents(lengths, supervised, seed=7 + i)).to(device) for i in range(accum)]
+
+
+def _row(documents: list[tuple[torch.Tensor, torch.Tensor]]) -> MicroBatch:
+    lengths = torch.tensor([len(ids) for ids, _ in documents])
+    cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).to(torch.int32)))
+    shifted = torch.cat([torch.cat((labels[1:], labels.new_full((1,), IGNORE_INDEX))) for _, labels in documents])
+    rows = (shifted != IGNORE_INDEX).nonzero().flatten()
+    return MicroBatch(
+        ids=torch.cat([ids for ids, _ in documents]), position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens.clone(), max_seqlen=int(lengths.max()), supervised_rows=rows,
+        targets=shifted[rows], examples=tuple(range(len(documents))), real_tokens=int(lengths.sum()),
+    )
