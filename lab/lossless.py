@@ -1,0 +1,130 @@
+"""The lossless A/B rig: the same weights, data, order, optimiser and seed through several engines, loss by loss.
+
+usage: python -m lab.lossless [--size 2B] [--lengths 700,613,771] [--steps 30] [--accum 1] [--variants A,B] [--csv FILE]
+Variants: fp32 (our references in float32: the truth), fused (our kernels in bf16), reference (our references in bf16),
+hf (transformers + PEFT, plain bf16), hf_fp32 (the same in float32, a check of the truth itself).
+Prints, for each variant, its largest and mean deviation of the loss from fp32, and the losses side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from sparktune.kernels.select import reference_ops
+from sparktune.lab.measure import machine_row
+from sparktune.lab.native import build_engine, micro_batches
+from sparktune.lab.shapes import make_model, random_documents
+from sparktune.setup.plan.rundir import cache_dir
+
+__all__ = ["main"]
+
+Losses = list[float]
+LEARNING_RATE = 2e-4
+
+
+def native_losses(a: argparse.Namespace, folder: Path, variant: str) -> Losses:
+    """Returns the losses of our engine."""
+    engine = build_engine(folder, rank=a.rank, full=False, recompute="norms" if variant == "fused" else "none",
+                          dtype="float32" if variant == "fp32" else "bfloat16",
+                          ops=None if variant == "fused" else reference_ops())
+    batches = micro_batches(a.lengths, a.supervised, a.accum, torch.device("cuda"))
+    n_supervised = sum(b.supervised_tokens for b in batches)
+    losses = []
+    for step in range(a.steps):
+        losses.append(engine.forward_backward(batches, n_supervised))
+        if step == 0:
+            check_first_gradients(engine.named_gradients())
+        engine.optimiser_step(LEARNING_RATE)
+    return [float(x) for x in losses]
+
+
+def check_first_gradients(named: Iterable[tuple[str, torch.Tensor | None]]) -> None:
+    """Raises if a gradient is missing or not finite; A's zero gradient while B is zero is expected."""
+    wrong = [name for name, grad in named if grad is None or not bool(torch.isfinite(grad).all())]
+    if wrong:
+        raise SystemExit(f"no finite gradient at step 1: {wrong[:5]} and {max(0, len(wrong) - 5)} more")
+
+
+def hf_losses(a: argparse.Namespace, folder: Path, variant: str) -> Losses:
+    """Returns the losses of transformers + PEFT, a document a row, from the adapter that our engine starts with."""
+    from peft import PeftModel
+    from transformers import Qwen3_5ForCausalLM
+
+    dtype = torch.float32 if variant == "hf_fp32" else torch.bfloat16
+    with tempfile.TemporaryDirectory() as temporary:
+        adapter = Path(temporary) / "adapter"
+        engine = build_engine(folder, rank=a.rank, full=False, recompute="none", ops=reference_ops())
+        engine.export(adapter)
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+        base = Qwen3_5ForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": 0}, attn_implementation="sdpa")
+        base.config.use_cache = False
+        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    model.train()
+    rows = [(ids[None].cuda(), labels[None].cuda()) for i in range(a.accum)
+            for ids, labels in random_documents(a.lengths, a.supervised, seed=7 + i)]
+    counts = [int((labels[:, 1:] != -100).sum()) for _, labels in rows]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    losses = []
+    for _ in range(a.steps):
+        total = torch.zeros((), device="cuda")
+        for (ids, labels), count in zip(rows, counts, strict=True):
+            loss = model(input_ids=ids, labels=labels).loss * (count / sum(counts))
+            loss.backward()
+            total += loss.detach()
+        losses.append(total)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    return [float(x) for x in losses]
+
+
+def main() -> None:
+    """Runs the variants and prints their deviations."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="2B")
+    parser.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=[700, 613, 771])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--accum", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--supervised", type=float, default=0.35)
+    parser.add_argument("--variants", type=lambda s: s.split(","), default=["fp32", "fused", "reference", "hf"])
+    parser.add_argument("--folder", type=Path, default=cache_dir("bench"))
+    parser.add_argument("--csv", type=Path)
+    a = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder = make_model(a.folder / a.size, a.size)
+    losses = {}
+    for variant in a.variants:
+        losses[variant] = (hf_losses if variant.startswith("hf") else native_losses)(a, folder, variant)
+        gc.collect()
+        torch.cuda.empty_cache()
+    truth = losses["fp32"]
+    rows = []
+    for variant, values in losses.items():
+        deviations = [abs(x - t) for x, t in zip(values, truth, strict=True)]
+        rows.append({**machine_row(), "size": a.size, "lengths": "+".join(map(str, a.lengths)), "steps": a.steps,
+                     "variant": variant, "max_deviation": f"{max(deviations):.3e}",
+                     "mean_deviation": f"{sum(deviations) / len(deviations):.3e}", "first_loss": f"{values[0]:.6f}",
+                     "last_loss": f"{values[-1]:.6f}"})
+        print(f"{variant:10s} max {max(deviations):.3e} mean {sum(deviations) / len(deviations):.3e}  "
+              + " ".join(f"{x:.4f}" for x in values[:: max(1, len(values) // 8)]))
+    if a.csv:
+        new = not a.csv.exists()
+        with a.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
