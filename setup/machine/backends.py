@@ -139,9 +139,11 @@ class LocalBackend:
 
     def command(self, stage: str, run: RunDir) -> list[str]:
         """Returns the argument list of `stage`."""
+        # -P: neither the current folder nor the script's own may shadow packages (a folder `kernels` would)
+        if stage == "prepare":  # needs no torch, so the data can be looked at before gigabytes are installed
+            return [sys.executable, "-P", "-m", MODULES[stage], "--run", str(run.root)]
         if self._python is None:
             self._python = local_python(self._root)
-        # -P: neither the current folder nor the script's own may shadow packages (a folder `kernels` would)
         if stage == "train":
             return [self._python, "-P", str(self._root / "train.py"), "--config", str(run.plan)]
         return [self._python, "-P", "-m", MODULES[stage], "--run", str(run.root)]
