@@ -1,4 +1,4 @@
-"""The gated delta rule on a GPU: our Triton kernels, and flash-linear-attention's as a second candidate.
+"""The gated delta rule on a GPU by our Triton kernels; `fla_function.py` has flash-linear-attention's.
 
 Legend: T tokens, N documents, HK key heads, HV value heads, K and V their dims, C tokens a chunk, NC chunks.
 """
@@ -23,7 +23,7 @@ from sparktune.kernels.gated_delta_rule.triton import (
 )
 from sparktune.kernels.varlen_attention.triton import reduce_heads_kernel
 
-__all__ = ["CHUNK", "KernelConfigs", "chunk_tables", "delta_rule_configs", "gated_delta_rule"]
+__all__ = ["CHUNK", "KernelConfigs", "chunk_tables", "delta_rule_configs", "gated_delta_rule_fused"]
 
 CHUNK = 64
 
@@ -163,7 +163,7 @@ def delta_rule_forward(
     qk_strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
     chunk_prepare_kernel[(n_heads, n_chunks)](
         q, k, v, g, beta, chunks, gamma, rstd_q, rstd_k, inverse, w, n, *qk_strides, v.stride(0), v.stride(1),
-        **sizes.constants, num_warps=config.prepare_warps,
+        **sizes.constants, num_warps=config.prepare_warps, num_stages=1,
     )
     chunk_scan_kernel[(v_dim // min(config.scan_block_v, v_dim), documents.shape[0] * n_heads, 1)](
         q, k, w, n, o, o, gamma, rstd_q, rstd_k, states, states, documents, *qk_strides, sizes.scale,
@@ -172,7 +172,7 @@ def delta_rule_forward(
     )
     chunk_output_kernel[(n_heads, n_chunks)](
         q, k, n, states, gamma, rstd_q, rstd_k, o, chunks, *qk_strides, sizes.scale, **sizes.constants,
-        num_warps=config.output_warps,
+        num_warps=config.output_warps, num_stages=1,
     )
     return o, (gamma, rstd_q, rstd_k, inverse, w, n, states)
 
@@ -203,7 +203,7 @@ def delta_rule_backward(
     strides = (*qk_strides, v.stride(0), v.stride(1))
     prepare_backward_kernel[(n_heads, n_chunks)](
         q, k, v, beta, do, gamma, rstd_q, rstd_k, inverse, w, n, dn, chunks, *strides, sizes.scale, **sizes.constants,
-        RECOMPUTE=recompute, num_warps=config.prepare_backward_warps,
+        RECOMPUTE=recompute, num_warps=config.prepare_backward_warps, num_stages=1,
     )
     block_v = min(config.scan_block_v, v_dim)
     chunk_scan_kernel[(v_dim // block_v, documents.shape[0] * n_heads, 1 + recompute)](
@@ -259,7 +259,7 @@ class GatedDeltaRuleFunction(torch.autograd.Function):
         return *gradients, None
 
 
-def gated_delta_rule(
+def gated_delta_rule_fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, cu_seqlens: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor, *, keep_states: bool = False,
 ) -> torch.Tensor:

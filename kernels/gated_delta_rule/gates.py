@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from sparktune.kernels.columns import grad_columns
+
 __all__ = ["gdn_gates_bwd", "gdn_gates_bwd_kernel", "gdn_gates_fused", "gdn_gates_fwd", "gdn_gates_fwd_kernel"]
 
 BT = 64
@@ -110,6 +112,7 @@ class _GDNGates(torch.autograd.Function):
     def forward(
         ctx: Any, a: torch.Tensor, b: torch.Tensor, a_log: torch.Tensor, dt_bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.places = grad_columns(a), grad_columns(b)
         a = a if a.stride(-1) == 1 else a.contiguous()
         b = b if b.stride(-1) == 1 else b.contiguous()
         ctx.save_for_backward(a, b, a_log, dt_bias)
@@ -119,8 +122,9 @@ class _GDNGates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dg: torch.Tensor, dbeta: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         a, b, a_log, dt_bias = ctx.saved_tensors
-        da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-        db = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+        da, db = (None if p is None else p.claim() for p in ctx.places)
+        da = torch.empty(a.shape, dtype=a.dtype, device=a.device) if da is None else da
+        db = torch.empty(b.shape, dtype=b.dtype, device=b.device) if db is None else db
         wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         d_log, d_dt = gdn_gates_bwd(
             dg.float().contiguous(), dbeta.float().contiguous(), a, b, a_log, dt_bias, da, db, wanted

@@ -1,4 +1,4 @@
-"""Triton kernels of the chunked gated delta rule: three launches forward, four backward (five where value heads share a key head).
+"""Triton kernels of the chunked gated delta rule: three launches forward, four backward.
 
 Legend: T tokens, N documents, HK key heads, HV value heads, K and V their dims, R = HV / HK, C tokens a chunk (chunks
 restart at every document), NC chunks of the row. Per chunk and value head, with q and k l2-normalised, gamma the

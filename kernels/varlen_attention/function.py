@@ -21,7 +21,7 @@ from sparktune.kernels.varlen_attention.triton import (
     reduce_heads_kernel,
 )
 
-__all__ = ["HEAD_DIMS", "KernelConfig", "attention_configs", "flash_varlen_attention", "varlen_attention"]
+__all__ = ["HEAD_DIMS", "KernelConfig", "attention_configs", "varlen_attention_flash", "varlen_attention_fused"]
 
 HEAD_DIMS = (64, 128, 256)
 
@@ -213,7 +213,7 @@ class VarlenAttentionFunction(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
-def varlen_attention(
+def varlen_attention_fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor,
     max_seqlen: int, *, scale: float, window: int | None = None,
 ) -> torch.Tensor:
@@ -251,11 +251,11 @@ def _varlen_attn_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def flash_varlen_attention(
+def varlen_attention_flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor,
     max_seqlen: int, *, scale: float, window: int | None = None,
 ) -> torch.Tensor:
-    """The same function through PyTorch's `varlen_attn` (FlashAttention-2); arguments as `varlen_attention`.
+    """The same function through PyTorch's `varlen_attn` (FlashAttention-2); arguments as `varlen_attention_fused`.
 
     Raises:
         ValueError: shapes, boundaries or window out of the domain, or a `scale` or `window` that this PyTorch's

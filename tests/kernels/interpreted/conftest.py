@@ -1,8 +1,9 @@
-"""Two corrections to Triton 3.6's interpreter, so that it computes what a GPU computes.
+"""Three corrections to Triton 3.6's interpreter, so that it computes what a GPU computes.
 
-It rounds fp32 to bf16 toward zero where hardware rounds to nearest even, and it turns a scalar into a loop bound in a
-way that NumPy 2.4 refuses. These modules run in a process of their own with TRITON_INTERPRET=1 (tests/kernels/
-test_triton_numerics.py starts it), because that variable must be set before Triton is imported.
+It rounds fp32 to bf16 toward zero where hardware rounds to nearest even, it multiplies the bit patterns of bf16
+matrices instead of their values, and it turns a scalar into a loop bound in a way that NumPy 2.4 refuses. These modules
+run in a process of their own with TRITON_INTERPRET=1 (tests/kernels/test_triton_numerics.py starts it), because that
+variable must be set before Triton is imported.
 """
 
 import os
@@ -13,6 +14,7 @@ from triton.runtime import interpreter
 
 _patch = interpreter._patch_lang_tensor
 _convert = interpreter._convert_float
+_dot = interpreter.InterpreterBuilder.create_dot
 
 
 def _patch_with_index(tensor, scope):
@@ -29,6 +31,17 @@ def _convert_to_nearest(data, source, target, rounding_mode):
     return np.where(np.isnan(data), np.uint16(0x7FC0), rounded).reshape(data.shape)
 
 
+def _widened(x):
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _dot_of_values(self, a, b, d, input_precision, max_num_imprecise_acc):
+    return _dot(self, _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc)
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter._patch_lang_tensor = _patch_with_index
     interpreter._convert_float = _convert_to_nearest
+    interpreter.InterpreterBuilder.create_dot = _dot_of_values
