@@ -179,7 +179,10 @@ class CacheWriter:
         return _load(self.folder / "train", key), _load(self.folder / "eval", key)
 
     def commit(self, facts: dict[str, Any]) -> None:
-        """Writes meta.json with `facts` and renames the folder to its final name; a previous one is replaced."""
+        """Writes meta.json with `facts` and renames the folder to its final name.
+
+        A damaged folder of that name is replaced, a whole one is kept.
+        """
         try:
             files = {
                 f"{part}/{name}.npy": _fingerprint(self.folder / part / f"{name}.npy")
@@ -192,16 +195,15 @@ class CacheWriter:
             for part in _PARTS:
                 _sync_folder(self.folder / part)
             _sync_folder(self.folder)
-            if self.final.exists():
-                shutil.rmtree(self.final)
-            try:
+            # Where another process finished the same key first, its folder stays: equal keys mean equal contents.
+            if open_cache(self.final, "") is None:
+                if self.final.exists():
+                    shutil.rmtree(self.final)
                 os.rename(self.folder, self.final)
-            except OSError as error:
-                # Another process may have finished the same key first; equal keys mean equal contents.
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or open_cache(self.final, "") is None:
-                    raise
-            _sync_folder(self.final.parent)
+                _sync_folder(self.final.parent)
         except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and open_cache(self.final, "") is not None:
+                return
             raise cache_file_error(error, self.folder) from error
 
     def _discard(self) -> None:
