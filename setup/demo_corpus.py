@@ -96,12 +96,12 @@ def write_stdlib(path: Path, limit: int | None = None) -> int:
 
 
 def _write(path: Path, rows: list[Row]) -> int:
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    if not path.is_file() or path.read_bytes() != content:  # the same rows keep their file: old runs can go on with it
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(content)
+        os.replace(partial, path)
     return len(rows)
 
 

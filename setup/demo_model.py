@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ from sparktune.setup.plan.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MARKER_FILE", "make_model", "mtp_shapes"]
+__all__ = ["MARKER_FILE", "is_made_as", "make_model", "mtp_shapes"]
 
 MARKER_FILE = "sparktune-demo.json"
 _RECIPE_VERSION = 2
@@ -66,7 +67,11 @@ def make_model(
     }
     folder = Path(folder)
     if folder.exists():
-        return _reuse(folder, recipe)
+        found = _recipe_of(folder)
+        if found == recipe:
+            return folder
+        what = "a demo model made with other settings" if found else "something that is not a demo model"
+        raise UsageError(f"{folder} should be new for the demo model, but it holds {what}. Remove it or name another.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -111,13 +116,19 @@ def mtp_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _reuse(folder: Path, recipe: dict[str, Any]) -> Path:
-    marker = folder / MARKER_FILE
-    found = json.loads(marker.read_text(encoding="utf-8")).get("recipe") if marker.is_file() else None
-    if found == recipe:
-        return folder
-    what = "a demo model made with other settings" if found else "something that is not a demo model"
-    raise UsageError(f"{folder} should be new for the demo model, but it holds {what}. Remove it or name another.")
+def is_made_as(folder: Path) -> bool:
+    """Returns whether `folder` is a demo model that `make_model` made with its defaults under this Python."""
+    defaults = dict(make_model.__kwdefaults__ or {})
+    return _recipe_of(folder) == {"version": _RECIPE_VERSION, "python": platform.python_version(), **defaults}
+
+
+def _recipe_of(folder: Path) -> dict[str, Any] | None:
+    """Returns what a demo model's marker says of its making, None for any other folder."""
+    try:
+        recipe = json.loads((folder / MARKER_FILE).read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return recipe if isinstance(recipe, dict) else None
 
 
 @lru_cache(maxsize=4)
@@ -273,3 +284,7 @@ def _write_weights(folder: Path, tensors: dict[str, torch.Tensor], sharded: bool
     total = sum(t.nbytes for t in tensors.values())
     _write_json(folder / "model.safetensors.index.json",
                 {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+if __name__ == "__main__":
+    print(make_model(Path(sys.argv[1])))

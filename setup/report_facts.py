@@ -37,13 +37,15 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePair:
-    """One prompt's first and last answer, and those between."""
+    """One prompt's answers: before, after, and whoever else was asked. Pairs are (who or when, answer)."""
 
     prompt: str
-    before: str | None
-    after: str | None
+    before: tuple[str, str] | None
+    after: tuple[str, str] | None
+    others: list[tuple[str, str]]
+    """Of other forms of the result, such as a GGUF."""
     between: list[tuple[str, str]]
-    """(when, answer)."""
+    """During training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,20 +232,28 @@ def _data_report(facts: Facts) -> DatasetReport | None:
 
 
 def _samples(facts: Facts, rows: Rows) -> None:
-    """Pairs each prompt's earliest answer with its latest; rows without an answer are evaluation figures."""
-    answers: dict[str, list[tuple[str, str]]] = {}
+    """Groups answers by prompt; rows without an answer are evaluation figures.
+
+    The evaluation stage's rows say `stage` (before, after) and `source` (base, merged, gguf TYPE), training's `step`.
+    Where a prompt was not evaluated, its first and last answer in training stand in.
+    """
+    asked: dict[str, Rows] = {}
     for row in rows:
-        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("answer"), str):
+        if isinstance(row.get("prompt"), str) and isinstance(row.get("answer"), str):
+            asked.setdefault(row["prompt"], []).append(row)
+        else:
             facts.checks.append(row)
-            continue
-        when = row.get("source") or row.get("when")
-        answers.setdefault(row["prompt"], []).append((str(when) if when else f"step {row.get('step')}", row["answer"]))
-    for prompt, given in answers.items():
-        first, last = given[0], given[-1]
-        starts = first[0] in ("step 0", "before", "base")
+    for prompt, given in asked.items():
+        training = [(f"step {r.get('step')}", r["answer"]) for r in given if r.get("stage") is None]
+        before = [(str(r.get("source", "base")), r["answer"]) for r in given if r.get("stage") == "before"]
+        after = [(str(r.get("source", "result")), r["answer"]) for r in given if r.get("stage") == "after"]
+        if not before and training and training[0][0] == "step 0":
+            before = [training.pop(0)]
+        if not after and training:
+            after = [training.pop()]
         facts.samples.append(SamplePair(
-            prompt=prompt, before=first[1] if starts else None,
-            after=last[1] if not starts or len(given) > 1 else None, between=given[1 if starts else 0 : -1],
+            prompt=prompt, before=before[0] if before else None, after=after[0] if after else None,
+            others=after[1:], between=training,
         ))
 
 

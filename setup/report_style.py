@@ -99,13 +99,18 @@ PAGE = """<!doctype html>
 <div class="card sample">
 <p>{{ sample.prompt }}</p>
 <div class="grid2">
-<div><h3>Before</h3>{% if sample.before is not none %}<pre>{{ sample.before }}</pre>
-{% else %}<span class="none">not sampled</span>{% endif %}</div>
-<div><h3>After</h3>{% if sample.after is not none %}<pre>{{ sample.after }}</pre>
-{% else %}<span class="none">not sampled</span>{% endif %}</div>
+<div><h3>Before{% if sample.before %}: {{ sample.before[0] }}{% endif %}</h3>
+{% if sample.before %}<pre>{{ sample.before[1] }}</pre>{% else %}<span class="none">not asked</span>{% endif %}</div>
+<div><h3>After{% if sample.after %}: {{ sample.after[0] }}{% endif %}</h3>
+{% if sample.after %}<pre>{{ sample.after[1] }}</pre>{% else %}<span class="none">not asked</span>{% endif %}
+{% for who, answer in sample.others %}
+{% if answer == sample.after[1] %}<p class="dim gap">{{ who }}: the same answer</p>
+{% else %}<h3 class="gap">{{ who }}</h3><pre>{{ answer }}</pre>{% endif %}
+{% endfor %}
+</div>
 </div>
 {% if sample.between %}
-<details><summary>{{ sample.between | length }} answer{{ "s" if sample.between | length > 1 }} between</summary>
+<details><summary>{{ sample.between | length }} answer{{ "s" if sample.between | length > 1 }} during training</summary>
 {% for when, answer in sample.between %}<h3 class="gap">{{ when }}</h3><pre>{{ answer }}</pre>{% endfor %}
 </details>
 {% endif %}

@@ -187,7 +187,7 @@ def _pack_length(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Ma
     target = 4096 if plan.device == "cuda" else 1024
     most = _up(lengths.total * plan.num_epochs / _LEAST_STEPS)
     wanted = min(max(floor, min(target, most)), plan.max_seq_length)
-    choice, share = _best_candidate(plan, report, wanted)
+    choice, share = _best_candidate(plan, report, wanted, min(floor, wanted))
     reason = f"mean {lengths.mean:.0f}, 90 of 100 examples up to {lengths.p90} tokens"
     if share is not None:
         reason += f"; {share:.0%} of padded micro-batches is real text"
@@ -198,17 +198,23 @@ def _pack_length(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Ma
     return [("pack_length", choice, reason, source)]
 
 
-def _best_candidate(plan: Plan, report: DatasetReport, wanted: int) -> tuple[int, float | None]:
-    """Returns the shortest measured length of at least `wanted` that fills well, or the one that fills best."""
+def _best_candidate(plan: Plan, report: DatasetReport, wanted: int, floor: int) -> tuple[int, float | None]:
+    """Returns a pack length and its measured share of real tokens (None where that very length was not measured).
+
+    The longest measured length from `floor` to `wanted` that fills well; else `wanted` itself where the measured
+    lengths on both sides of it fill well; else the next longer one that does, or the one that fills best.
+    """
     measured = {n: s for n, s in report.packing.items() if n <= plan.max_seq_length}
-    longer = sorted(n for n in measured if n >= wanted)
-    if not longer:
-        nearest, share = _share(report, wanted)
-        return wanted, share if nearest == wanted else None
-    for length in longer:
-        if measured[length] >= _GOOD_SHARE:
-            return length, measured[length]
-    best = max(longer, key=lambda n: measured[n])
+    good = {n for n, s in measured.items() if s >= _GOOD_SHARE}
+    inside = [n for n in good if floor <= n <= wanted]
+    if wanted in inside or (inside and max(inside) * 2 > wanted):
+        return max(inside), measured[max(inside)]
+    below, above = (max((n for n in measured if n < wanted), default=None),
+                    min((n for n in measured if n > wanted), default=None))
+    if (below is None or below in good) and (above is None or above in good):
+        return wanted, None
+    longer = [n for n in good if n > wanted]
+    best = min(longer) if longer else max(measured, key=lambda n: measured[n])
     return best, measured[best]
 
 

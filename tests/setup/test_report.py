@@ -62,8 +62,16 @@ def run(tmp_path: Path) -> RunDir:
               "supervised_tokens": 300, "tok_per_s": 500.0 + s, "peak_gib": 1.5} for s in range(1, 61)]
     evals = [{"step": s, "epoch": s / 30, "eval_loss": 4 / (s + 1) + 0.6} for s in (0, 30, 60)]
     _lines(run.metrics, sorted(steps + evals, key=lambda r: r["step"]))
-    _lines(run.samples, [{"step": s, "prompt": f"What is 5 + 5? {HOSTILE}", "answer": a}
-                         for s, a in ((0, HOSTILE), (30, "5 + 5 = 9."), (60, "5 + 5 = 10."))])
+    asked = f"What is 5 + 5? {HOSTILE}"
+    _lines(run.samples, [
+        *({"step": s, "prompt": asked, "answer": a} for s, a in ((0, "x"), (30, "5 + 5 = 9."), (60, "5 + 5 = 8."))),
+        *({"step": s, "prompt": "only in training", "answer": a} for s, a in ((0, "zero"), (30, "mid"), (60, "end"))),
+        {"stage": "before", "prompt": asked, "answer": HOSTILE, "source": "base"},
+        {"stage": "after", "prompt": asked, "answer": "5 + 5 = 10.", "source": "merged"},
+        {"stage": "after", "prompt": asked, "answer": "5 + 5 = 10.", "source": "gguf bf16"},
+        {"stage": "after", "prompt": asked, "answer": "5 + 5 = 11.", "source": "gguf q8_0"},
+        {"stage": "after", "kind": "perplexity", "value": 3.25},
+    ])
     stages = ("prepare", "train", "merge", "mtp", "gguf", "evaluate")
     for stage in stages:
         choice = {"kind": "choice", "what": "engine", "chosen": "native", "reason": f"known {HOSTILE}"}
@@ -112,10 +120,13 @@ def test_a_finished_run(run: RunDir) -> None:
             "choices", "versions"} <= ids
     assert "failure" not in ids
     assert page.count("svg") == 6  # loss, rate, throughput, memory, gradient norm, lengths
-    for words in ("5 + 5 = 10.", "5 + 5 = 9.", "1 answer between", "1,024 (this run)", "93.0 %", "over_length",
-                  "op rms_norm", "no GPU here", "from: flag",
-                  "./run.sh --non-interactive", "2 min 41 s", "transformers",
-                  "lora-1-q8_0.gguf", "pack 1,024", "cut 12,000", "complete"):
+    for words in (
+        "After: merged 5 + 5 = 10.", "gguf bf16: the same answer", "gguf q8_0 5 + 5 = 11.", "5 + 5 = 9.",
+        "3 answers during training", "Before: step 0 zero", "After: step 60 end", "perplexity", "3.25",
+        "1,024 (this run)", "93.0 %", "over_length", "op rms_norm", "no GPU here", "from: flag",
+        "./run.sh --non-interactive", "2 min 41 s", "transformers", "lora-1-q8_0.gguf", "pack 1,024", "cut 12,000",
+        "complete",
+    ):
         assert words in page.text, words
 
 
