@@ -95,9 +95,10 @@ class ChatRenderer:
                 "cannot be told from the rest; look for content that the template rewrites."
             )
         spans, open_turns = [], 0
+        openings: dict[tuple[str, str], int] = {}
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                span, closed = self._span(index, scaffold, marked, tools)
+                span, closed = self._span(index, scaffold, marked, tools, openings)
                 spans.append(span)
                 open_turns += not closed
         return Rendered(text=text, spans=spans, open_turns=open_turns)
@@ -109,9 +110,14 @@ class ChatRenderer:
     # -- one turn
 
     def _span(
-        self, index: int, scaffold: Scaffold, marked: Marked, tools: list[dict[str, Any]] | None
+        self, index: int, scaffold: Scaffold, marked: Marked, tools: list[dict[str, Any]] | None,
+        openings: dict[tuple[str, str], int],
     ) -> tuple[tuple[int, int], bool]:
-        """Returns the characters of the turn at message `index`, and whether a special token closes it."""
+        """Returns the characters of the turn at message `index`, and whether a special token closes it.
+
+        `openings` remembers the row's turns that open alike (template text, role before), so that a conversation of
+        many turns is not rendered once a turn.
+        """
         holes = scaffold.holes
         own = [i for i, hole in enumerate(holes) if hole.message == index]
         if not own:
@@ -129,7 +135,10 @@ class ChatRenderer:
             )
         before, after = scaffold.chunks[first], scaffold.chunks[last + 1]
         previous = holes[first - 1].piece if first else None
-        start = holes[first].start - len(before) + self._opening(index, before, previous, marked, tools)
+        alike = (before, marked.messages[index - 1]["role"] if index else "")
+        if alike not in openings:
+            openings[alike] = self._opening(index, before, previous, marked, tools)
+        start = holes[first].start - len(before) + openings[alike]
         closing = self._closing(after)
         return (start, holes[last].end + (closing or 0)), closing is not None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sparktune.setup.data.formats import RowRefused
 from sparktune.setup.data.render import supervised_mask
 from sparktune.setup.plan.errors import DataError
 
+TEMPLATES = Path(__file__).parent / "templates"
 FAMILIES = ("qwen25", "llama3", "mistral", "qwen35_thinking", "harmony")
 END = {"qwen25": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>", "qwen35_thinking": "<|im_end|>"}
 
@@ -236,7 +238,6 @@ def test_a_row_the_template_refuses_carries_the_templates_own_message(renderer, 
 def rewritten(tmp_path, template, **kwargs):
     """Returns a renderer for a template given as text."""
     import importlib.util
-    from pathlib import Path
 
     from sparktune.setup.data.render import ChatRenderer
     from sparktune.setup.data.tokenizer import load_tokenizer
@@ -274,6 +275,70 @@ def test_ids_are_those_of_the_models_own_tokenizer(chat_tokenizer, renderer):
         text = renderer(family).text(chat("ä  b\n\n", "c 🙂 <|im_end|>"))
         ours = chat_tokenizer(family).encode_batch([text])[0].ids.tolist()
         assert ours == chat_tokenizer(family).tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_long_conversation_is_not_rendered_once_a_turn(renderer, monkeypatch):
+    long = renderer("qwen35_thinking")
+    calls = []
+    real = long.text
+    monkeypatch.setattr(long, "text", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    rendered = long.render(chat(*(f"t{i}" for i in range(100))))
+    assert [rendered.text[a:b] for a, b in rendered.spans[:2]] == ["t1<|im_end|>", "t3<|im_end|>"]
+    assert len(calls) <= 5
+
+
+# -- other kinds of tokenizers
+
+
+def saved(tmp_path, tokenizer, template, **config):
+    import json
+
+    from sparktune.setup.data.render import ChatRenderer
+    from sparktune.setup.data.tokenizer import load_tokenizer
+
+    tmp_path.mkdir(exist_ok=True)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **config})
+    )
+    (tmp_path / "chat_template.jinja").write_text((TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8"))
+    return ChatRenderer(load_tokenizer(str(tmp_path)))
+
+
+def test_a_sentencepiece_style_tokenizer(tmp_path):
+    """Spaces as a mark of their own, unknown characters as byte tokens: Mistral's and Llama 2's manner."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+    ])
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=["<unk>", *(f"<0x{i:02X}>" for i in range(256))], show_progress=False,
+    )
+    tokenizer.train_from_iterator(["what the answer is, the first and the last [INST] [/INST]"] * 5, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>")])
+    render = saved(tmp_path, tokenizer, "mistral", bos_token="<s>", eos_token="</s>")
+    for answer in ("the answer", "ü 🙂 the  last", "e\u0301 x", "\u2581a"):
+        spans, decoded = learned(render, chat("what is the first", answer, "the  last", "is"))
+        assert spans == [f" {answer}</s>", " is</s>"]
+        assert decoded == [f" {answer}</s>".replace("\u2581", " "), " is</s>"]
+
+
+def test_offsets_are_exact_even_where_the_tokenizer_trims_them(tmp_path, tokenizer_folder):
+    """Llama 3's post-processor trims leading spaces from offsets; a token of spaces would slip into the next span."""
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder("mistral") / "tokenizer.json"))
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    render = saved(tmp_path, tokenizer, "mistral", bos_token="<s>", eos_token="</s>")
+    text = "a   b"
+    starts = render.tokenizer.encode_batch([text])[0].starts.tolist()
+    ids = render.tokenizer.encode_batch([text])[0].ids.tolist()
+    assert starts[0] == 0
+    widths = [len(render.tokenizer.decode([i])) for i in ids]
+    assert starts == [sum(widths[:i]) for i in range(len(ids))]
 
 
 def test_supervised_mask_takes_tokens_that_begin_inside():
