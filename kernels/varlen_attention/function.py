@@ -49,15 +49,15 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int, heads: 
 
 # Within 101,376 bytes of shared memory and without spills on sm_121a (the tests compile every one of them there).
 SMALL_SHARED_MEMORY = {
-    64: (_config(128, 64, 4, 2), _config(64, 64, 4, 2), _config(64, 64, 4, 2)),
+    64: (_config(64, 64, 4, 2), _config(64, 64, 4, 2), _config(32, 64, 4, 1)),
     128: (_config(64, 64, 4, 2), _config(64, 32, 4, 2), _config(32, 64, 8, 2)),
     256: (_config(64, 64, 8, 1), _config(64, 32, 8, 1), _config(32, 32, 8, 1)),
 }
 # Hopper: 232,448 bytes of shared memory and wgmma.
 HOPPER = {
-    64: (_config(128, 128, 8, 2), _config(128, 64, 8, 2), _config(64, 128, 8, 2, 1)),
-    128: (_config(128, 64, 8, 3), _config(128, 64, 8, 2), _config(64, 128, 8, 2, 1)),
-    256: (_config(128, 64, 8, 2), _config(64, 64, 8, 2), _config(64, 64, 8, 2, 1)),
+    64: (_config(128, 128, 8, 2), _config(128, 64, 8, 2), _config(64, 128, 8, 1, 1)),
+    128: (_config(128, 64, 8, 3), _config(128, 64, 8, 2), _config(64, 64, 8, 2, 1)),
+    256: (_config(128, 64, 8, 2), _config(128, 32, 8, 2), _config(32, 64, 8, 2, 1)),
 }
 
 
