@@ -3,9 +3,9 @@
 usage: PYTHONPATH=src python -m sparktune.lab.gpu_check [--seeds 5] [--out CSV] [--only NAME] [--no-time]
 
 Correctness: the cases of lab/kernel_cases.py in fp32 and bf16 on the device against fp64, bf16 errors at most 1.05x
-(RMS) and 1.5x (largest) the bf16 reference's over the seeds. Nothing is timed on red. Then medians of graph replays with
-a cold cache (forward, and forward + backward), with the fewest bytes each op must move, so that TB/s says how near it is
-to a copy.
+(RMS) and 1.5x (largest) the bf16 reference's over the seeds. Nothing is timed on red. Then medians of graph replays
+with a cold cache (forward, and forward + backward), with the fewest bytes each op must move, so that TB/s says how near
+it is to a copy.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from sparktune.kernels.attention_prologue.function import attention_prologue_fus
 from sparktune.kernels.attention_prologue.reference import attention_prologue_reference
 from sparktune.kernels.causal_conv1d.function import causal_conv1d_fused
 from sparktune.kernels.causal_conv1d.reference import causal_conv1d_reference
+from sparktune.kernels.columns import split_columns
 from sparktune.kernels.gated_delta_rule.gates import gdn_gates_fused
 from sparktune.kernels.gated_delta_rule.reference import gdn_gates_reference
 from sparktune.kernels.gated_rms_norm.function import gated_rms_norm_fused
@@ -316,6 +317,76 @@ def _mlp_case(T: int, inner: int, H: int, r: int) -> Case:
     )
 
 
+def _plain_split(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    return x.split(list(sizes), dim=-1)
+
+
+def _grouped_gdn_case(lengths: Sequence[int], heads: int, dim: int) -> Case:
+    """The GDN's product split into q|k|v, z, b, a with all four consumers: gradients must meet in one tensor."""
+    T, inner = sum(lengths), heads * dim
+    sizes = (3 * inner, inner, heads, heads)
+
+    def make(g: torch.Generator) -> Tensors:
+        cu = _cu(lengths)
+        return {
+            "product": _normal(g, T, sum(sizes)), "conv": _normal(g, 3 * inner, 4, scale=0.5),
+            "o": _normal(g, T, inner), "norm": _normal(g, dim), "A_log": _normal(g, heads),
+            "dt_bias": _normal(g, heads), "cu_seqlens": cu, "cu_seqlens_cpu": cu,
+        }
+
+    def call(t: Tensors, tri: bool) -> tuple[torch.Tensor, ...]:
+        qkv, z, b, a = (split_columns if tri else _plain_split)(t["product"], sizes)
+        cu = t["cu_seqlens"], t["cu_seqlens_cpu"]
+        if tri:
+            q, k, v = causal_conv1d_fused(qkv, t["conv"], *cu, split=(inner, inner, inner))
+        else:
+            q, k, v = causal_conv1d_reference(qkv, t["conv"], *cu).split(inner, -1)
+        g, beta = (gdn_gates_fused if tri else gdn_gates_reference)(a, b, t["A_log"], t["dt_bias"])
+        o, z = t["o"].unflatten(-1, (heads, dim)), z.unflatten(-1, (heads, dim))
+        return q, k, v, g, beta, (gated_rms_norm_fused if tri else gated_rms_norm_reference)(o, z, t["norm"], 1e-6)
+
+    return Case(
+        name=f"grouped_gdn_{T}x{heads}x{dim}", make=make, grads=("product", "o"), keep=("A_log",),
+        tri=lambda t: call(t, True), ref=lambda t: call(t, False),
+    )
+
+
+def _grouped_attention_case(T: int, heads: int, kv: int, D: int) -> Case:
+    sizes = (2 * heads * D, kv * D, kv * D)
+
+    def make(g: torch.Generator) -> Tensors:
+        cos, sin = _angles(T, D // 2)
+        return {"product": _normal(g, T, sum(sizes)), "w": _normal(g, D, scale=0.3), "cos": cos, "sin": sin}
+
+    def call(t: Tensors, tri: bool) -> tuple[torch.Tensor | None, ...]:
+        q, k, v = (split_columns if tri else _plain_split)(t["product"], sizes)
+        op = attention_prologue_fused if tri else attention_prologue_reference
+        q, k, gate = op(
+            q.unflatten(-1, (heads, -1)), k.unflatten(-1, (kv, -1)), t["w"], t["w"], t["cos"], t["sin"], 1e-6,
+            zero_centred=True, gated=True,
+        )
+        return q, k, gate, 2 * v
+
+    return Case(
+        name=f"grouped_attention_{T}x{heads}x{kv}x{D}", make=make, grads=("product",), keep=("cos", "sin"),
+        tri=lambda t: call(t, True), ref=lambda t: call(t, False),
+    )
+
+
+def _grouped_mlp_case(T: int, inner: int, two_consumers: bool) -> Case:
+    def call(t: Tensors, tri: bool) -> tuple[torch.Tensor, ...]:
+        gate, up = (split_columns if tri else _plain_split)(t["product"], (inner, inner))
+        op = silu_mul_fused if tri else silu_mul_reference
+        # the same parts twice: their gradients must be summed, not written over each other
+        return (op(gate, up), op(gate, up)) if two_consumers else (op(gate, up),)
+
+    return Case(
+        name=f"grouped_mlp_{T}x{inner}{'_twice' if two_consumers else ''}", grads=("product",),
+        make=lambda g: {"product": _normal(g, T, 2 * inner)},
+        tri=lambda t: call(t, True), ref=lambda t: call(t, False),
+    )
+
+
 CASES: tuple[Case, ...] = (
     _norm_case(37, 256, True, False, False),
     _norm_case(5, 80, False, False, True),
@@ -343,4 +414,8 @@ CASES: tuple[Case, ...] = (
     _lora_case(23, 32, (24, 16), 2, 4, 2.0, True),
     _lora_case(9, 16, (24,), 1, 4, 1.0, False),
     _mlp_case(23, 40, 32, 4),
+    _grouped_gdn_case((3, 1, 19), 2, 16),
+    _grouped_attention_case(13, 2, 1, 16),
+    _grouped_mlp_case(9, 24, False),
+    _grouped_mlp_case(9, 24, True),
 )

@@ -8,12 +8,21 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sparktune.kernels.attention_prologue.triton import attention_prologue_bwd, attention_prologue_fwd
+from sparktune.kernels.columns import GradColumns, grad_columns
 
 __all__ = ["attention_prologue_fused", "attention_prologue_packed_fused"]
 
 
 def _inner(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _place(columns: GradColumns | None, x: torch.Tensor) -> torch.Tensor:
+    """Returns where the gradient of x goes: its columns of the grouped gradient, or a new tensor."""
+    place = None if columns is None else columns.claim()
+    if place is None:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return place.unflatten(1, x.shape[1:])
 
 
 def _norm_grads(
@@ -32,6 +41,7 @@ class _AttentionPrologue(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
         cos: torch.Tensor, sin: torch.Tensor, eps: float, zero_centred: bool, gated: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        ctx.places = grad_columns(q), grad_columns(k)
         q, k = _inner(q), _inner(k)
         D = k.shape[2]
         raw = q[..., :D]
@@ -47,8 +57,7 @@ class _AttentionPrologue(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
         D = k.shape[2]
-        q_grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        k_grad = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        q_grad, k_grad = (_place(p, x) for p, x in zip(ctx.places, (q, k), strict=True))
         weights = attention_prologue_bwd(
             (_inner(dq), _inner(dk), None, _inner(dgate) if ctx.gated else None), q[..., :D], k, q_weight, k_weight,
             cos, sin, ctx.eps, ctx.zero_centred, (q_grad[..., :D], k_grad, None, q_grad[..., D:]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -11,8 +13,9 @@ __all__ = ["causal_conv1d_reference"]
 
 
 def causal_conv1d_reference(
-    x: torch.Tensor, weight: torch.Tensor, cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor,
+    split: Sequence[int] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Returns silu(sum_j weight[:, j] * x[t - (W - 1) + j]); terms from before the document's start are zero.
 
     Args:
@@ -20,9 +23,10 @@ def causal_conv1d_reference(
         weight: [C, W]; the last tap meets the token itself.
         cu_seqlens: int32 [N + 1], from 0 to T, strictly increasing.
         cu_seqlens_cpu: the same on the host.
+        split: widths of the segments (q, k, v) to return apart, or None.
 
     Returns:
-        [T, C] of x's dtype; computed in float32 (float64 for float64).
+        [T, C] of x's dtype, or one [T, width] tensor a segment; computed in float32 (float64 for float64).
     """
     tokens, channels = x.shape
     taps = weight.shape[1]
@@ -37,4 +41,5 @@ def causal_conv1d_reference(
     total = padded[: padded_length - (taps - 1)] * taps_first[0]
     for tap in range(1, taps):
         total = torch.addcmul(total, padded[tap : padded_length - (taps - 1) + tap], taps_first[tap])
-    return F.silu(total.index_select(0, place - (taps - 1))).to(x.dtype)
+    y = F.silu(total.index_select(0, place - (taps - 1))).to(x.dtype)
+    return y if split is None else y.split(list(split), dim=-1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparktune.kernels.columns import grad_columns
 from sparktune.kernels.gated_rms_norm.triton import gated_rms_norm_bwd, gated_rms_norm_fwd
 
 __all__ = ["gated_rms_norm_fused"]
@@ -19,6 +20,7 @@ def _inner(x: torch.Tensor) -> torch.Tensor:
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.place = grad_columns(z)
         x, z = _inner(x), _inner(z)
         ctx.save_for_backward(x, z, weight)
         ctx.eps = eps
@@ -28,7 +30,11 @@ class _GatedRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, z, weight = ctx.saved_tensors
-        dx, dz, dw = gated_rms_norm_bwd(_inner(dy), x, z, weight, ctx.eps, ctx.needs_input_grad[2])
+        place = None if ctx.place is None else ctx.place.claim()
+        dx, dz, dw = gated_rms_norm_bwd(
+            _inner(dy), x, z, weight, ctx.eps, ctx.needs_input_grad[2],
+            None if place is None else place.unflatten(1, z.shape[1:]),
+        )
         return dx, dz, dw, None
 
 

@@ -147,7 +147,9 @@ class _SiluMulLoRALinear(torch.autograd.Function):
         half = gate_up.shape[1] // 2
         dx, dxa = _backward_x(dy, weight, a, b, ctx.group, mask, True)
         # one launch: d(gate | up) where the grouped product expects it, and the product itself again for dA
-        dgate_up, x = silu_mul_bwd(dx, gate_up[:, :half], gate_up[:, half:], recompute=True)
+        dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+        halves = dgate_up[:, :half], dgate_up[:, half:]
+        _, _, x = silu_mul_bwd(dx, gate_up[:, :half], gate_up[:, half:], recompute=True, out=halves)
         del dx
         da, db = _backward_weights(dy, x, xa, dxa, ctx.group, b.shape[1], mask, ctx.dtypes)
         dw, dbias = _base_gradients(ctx, dy, x, weight)

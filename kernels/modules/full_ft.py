@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparktune.kernels.columns import split_columns
 from sparktune.kernels.modules.projection import ProjectionGroup, row_slices
 from sparktune.kernels.modules.row import DropoutKey
 
@@ -33,4 +34,4 @@ class FullFT_BF16_Linear(nn.Module):
 
     def forward(self, x: torch.Tensor, dropout: DropoutKey | None = None) -> tuple[torch.Tensor, ...]:
         """Returns the projections' outputs, [T, out] each; x [T, in], `dropout` is ignored."""
-        return F.linear(x, self.weight, self.bias).split(self.out_sizes, dim=-1)
+        return split_columns(F.linear(x, self.weight, self.bias), self.out_sizes)

@@ -65,10 +65,11 @@ class GatedDeltaNet(nn.Module):
         z = z.unflatten(-1, (self.value_heads, -1))
         g, beta = self.ops.gdn_gates(a, b, self.A_log, self.dt_bias)
         if cache is None or cache.empty:
-            mixed = self.ops.causal_conv1d(qkv, self.conv1d, row.cu_seqlens, row.cu_seqlens_cpu)
+            q, k, v = self.ops.causal_conv1d(
+                qkv, self.conv1d, row.cu_seqlens, row.cu_seqlens_cpu, split=self.channels
+            )
         else:
-            mixed = cache.convolve(qkv, self.conv1d)
-        q, k, v = mixed.split(self.channels, dim=-1)
+            q, k, v = cache.convolve(qkv, self.conv1d).split(self.channels, dim=-1)
         q, k = q.unflatten(-1, (self.key_heads, -1)), k.unflatten(-1, (self.key_heads, -1))
         v = v.unflatten(-1, (self.value_heads, -1))
         if cache is None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparktune.kernels.columns import split_columns
 from sparktune.kernels.modules.row import DropoutKey
 
 __all__ = ["ProjectionGroup", "row_slices"]
@@ -53,10 +54,10 @@ class ProjectionGroup(nn.Module):
         return row_slices(self.names, self.out_sizes)
 
     def forward(self, x: torch.Tensor, dropout: DropoutKey | None = None) -> tuple[torch.Tensor, ...]:
-        """Returns the projections' outputs, [T, out] each, views of one tensor.
+        """Returns the projections' outputs, [T, out] each, sharing one tensor.
 
         Args:
             x: [T, in].
             dropout: ignored; adapters use it.
         """
-        return F.linear(x, self.weight, self.bias).split(self.out_sizes, dim=-1)
+        return split_columns(F.linear(x, self.weight, self.bias), self.out_sizes)

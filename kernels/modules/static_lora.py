@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from sparktune.kernels.columns import split_columns
 from sparktune.kernels.modules.projection import ProjectionGroup, row_slices
 from sparktune.kernels.modules.row import DropoutKey
 from sparktune.kernels.precision import working_dtype
@@ -91,7 +92,7 @@ class StaticLoRA(nn.Module):
         return torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)
 
     def forward(self, x: torch.Tensor, dropout: DropoutKey | None = None) -> tuple[torch.Tensor, ...]:
-        """Returns the projections' outputs in the group's order, [T, out] each, views of one tensor.
+        """Returns the projections' outputs in the group's order, [T, out] each, sharing one tensor.
 
         Args:
             x: [T, in], in the base weight's dtype.
@@ -101,5 +102,5 @@ class StaticLoRA(nn.Module):
         y = self.ops.lora_linear(
             x, self.weight, self.bias, self.lora_a, self.lora_b, self.adapted_sizes, self.scale, mask
         )
-        parts = y.split(self._packed_sizes, dim=-1)
+        parts = split_columns(y, self._packed_sizes)
         return tuple(parts[i] for i in self._output_order)

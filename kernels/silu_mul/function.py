@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparktune.kernels.columns import grad_columns
 from sparktune.kernels.silu_mul.triton import silu_mul_bwd, silu_mul_fwd
 
 __all__ = ["silu_mul_fused", "silu_mul_packed_fused"]
@@ -19,6 +20,7 @@ def _inner(x: torch.Tensor) -> torch.Tensor:
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.places = grad_columns(gate), grad_columns(up)
         gate, up = _inner(gate), _inner(up)
         ctx.save_for_backward(gate, up)
         return silu_mul_fwd(gate, up)
@@ -27,8 +29,12 @@ class _SiluMul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        d, _ = silu_mul_bwd(_inner(dy), gate, up, recompute=False)
-        return d[:, : gate.shape[1]], d[:, gate.shape[1] :]
+        places = [None if p is None else p.claim() for p in ctx.places]
+        out = None
+        if places[0] is not None and places[1] is not None and places[0].stride() == places[1].stride():
+            out = places[0], places[1]
+        d_gate, d_up, _ = silu_mul_bwd(_inner(dy), gate, up, recompute=False, out=out)
+        return d_gate, d_up
 
 
 class _SiluMulPacked(torch.autograd.Function):
@@ -44,7 +50,11 @@ class _SiluMulPacked(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
         (gate_up,) = ctx.saved_tensors
         half = gate_up.shape[1] // 2
-        return silu_mul_bwd(_inner(dy), gate_up[:, :half], gate_up[:, half:], recompute=False)[0]
+        d = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+        silu_mul_bwd(
+            _inner(dy), gate_up[:, :half], gate_up[:, half:], recompute=False, out=(d[:, :half], d[:, half:])
+        )
+        return d
 
 
 def silu_mul_fused(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -69,16 +69,23 @@ def silu_mul_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def silu_mul_bwd(
-    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, recompute: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns d(gate | up) as one [T, 2F] tensor, and y [T, F] again if `recompute`, else None."""
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, recompute: bool,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns dgate, dup [T, F], and y [T, F] again if `recompute`, else None.
+
+    The gradients go to `out`, two views of one row stride, or to the halves of a new [T, 2F] tensor.
+    """
     T, F = gate.shape
-    d = torch.empty((T, 2 * F), dtype=gate.dtype, device=gate.device)
+    if out is None:
+        d = torch.empty((T, 2 * F), dtype=gate.dtype, device=gate.device)
+        out = d[:, :F], d[:, F:]
+    d_gate, d_up = out
     y = torch.empty((T, F), dtype=gate.dtype, device=gate.device) if recompute else None
-    if d.numel():
+    if d_gate.numel():
         silu_mul_bwd_kernel[_grid(T, F)](
-            dy, gate, up, d, d[:, F:], d if y is None else y, T, F,
-            dy.stride(0), gate.stride(0), up.stride(0), d.stride(0),
+            dy, gate, up, d_gate, d_up, d_gate if y is None else y, T, F,
+            dy.stride(0), gate.stride(0), up.stride(0), d_gate.stride(0),
             BT=BT, BI=BI, RECOMPUTE=recompute, num_warps=NUM_WARPS,
         )
-    return d, y
+    return d_gate, d_up, y

@@ -76,8 +76,8 @@ def _one_document(cu_seqlens: torch.Tensor) -> torch.Tensor:
     return cu_seqlens[[0, -1]]
 
 
-def _conv_without_reset(x: Any, weight: Any, cu_seqlens: Any, cu_seqlens_cpu: Any) -> torch.Tensor:
-    return causal_conv1d_reference(x, weight, _one_document(cu_seqlens), _one_document(cu_seqlens_cpu))
+def _conv_without_reset(x: Any, weight: Any, cu_seqlens: Any, cu_seqlens_cpu: Any, split: Any = None) -> Any:
+    return causal_conv1d_reference(x, weight, _one_document(cu_seqlens), _one_document(cu_seqlens_cpu), split)
 
 
 def _state_without_reset(q: Any, k: Any, v: Any, g: Any, beta: Any, cu: Any, cu_cpu: Any) -> torch.Tensor:
