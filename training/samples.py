@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparktune.setup.data.cache import TokenDataset
+from sparktune.setup.data.read import Row, read_rows
 from sparktune.setup.data.render import ChatRenderer
 from sparktune.setup.data.tokenizer import ChatTokenizer
 from sparktune.setup.plan.schema import Plan
@@ -35,19 +36,34 @@ def sample_prompts(plan: Plan, tokenizer: ChatTokenizer, held_out: TokenDataset 
             SamplePrompt(text=text, ids=tuple(renderer.prompt_ids([{"role": "user", "content": text}])))
             for text in plan.sample_prompts
         ]
-    found: list[SamplePrompt] = []
-    if held_out is None:
-        return found
-    for index in range(min(len(held_out), _EXAMPLES_READ)):
+    prompts: dict[int, tuple[int, ...]] = {}
+    for index in range(min(len(held_out), _EXAMPLES_READ) if held_out is not None else 0):
         ids, supervised = held_out[index]
         learned = np.flatnonzero(supervised)
-        if len(learned) and 0 < learned[0] <= _LONGEST_PROMPT:
-            prompt = tuple(int(i) for i in ids[: learned[0]])
-            text = tokenizer.decode(prompt, skip_special_tokens=True).strip()
-            if all(text != other.text for other in found):
-                found.append(SamplePrompt(text=text, ids=prompt))
-        if len(found) == _HELD_OUT_PROMPTS:
+        prompt = tuple(int(i) for i in ids[: learned[0]]) if len(learned) else ()
+        if 0 < len(prompt) <= _LONGEST_PROMPT and prompt not in prompts.values():
+            prompts[int(held_out.lines[index])] = prompt
+        if len(prompts) == _HELD_OUT_PROMPTS:
             break
+    asked = _user_messages(plan, set(prompts))
+    return [
+        SamplePrompt(text=asked.get(line) or tokenizer.decode(ids, skip_special_tokens=True).strip(), ids=ids)
+        for line, ids in prompts.items()
+    ]
+
+
+def _user_messages(plan: Plan, lines: set[int]) -> dict[int, str]:
+    """Returns line -> the first thing the user says there, for people to read."""
+    path = plan.eval_data or plan.data
+    found: dict[int, str] = {}
+    if path is None or not lines:
+        return found
+    for row in read_rows(path, plan.text_field):
+        if row.line > max(lines):
+            break
+        if row.line in lines and isinstance(row, Row) and row.messages:
+            asked = [m["content"] for m in row.messages if m["role"] == "user"]
+            found[row.line] = str(asked[0]) if asked else ""
     return found
 
 
