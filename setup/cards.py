@@ -15,12 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from sparktune.setup import strings
+from sparktune.setup.export.handover import result_lines
 from sparktune.setup.machine.doctor import Check
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, Plan, Recommendation
 
-__all__ = ["checks_table", "first_and_last_loss", "next_steps", "plan_table", "report_tables", "result_card", "size_of"]
+__all__ = [
+    "checks_table", "first_and_last_loss", "next_steps", "plan_table", "report_tables", "result_table", "size_of",
+]
 
 _ALWAYS = ("model", "data", "mode", "engine", "num_epochs", "eval_split", "max_seq_length", "mtp", "gguf", "backend")
 _NARROW = 130
@@ -115,7 +118,10 @@ def size_of(path: Path) -> int:
 
 def _size(path: Path) -> str:
     count = size_of(path)
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count / 2**10:.1f} KiB"
 
 
 def first_and_last_loss(metrics: Path) -> tuple[float, float] | None:
@@ -128,16 +134,15 @@ def first_and_last_loss(metrics: Path) -> tuple[float, float] | None:
 
 def next_steps(plan: Plan, run: RunDir) -> list[str]:
     """Returns the commands that make sense after a finished run."""
-    name = shlex.quote(run.name)
     return [
-        f"{strings.run_script()} chat {name}",
-        f"{strings.run_script()} evaluate {name}",
-        f"xdg-open {shlex.quote(str(run.report))}",
+        f"read the report  xdg-open {shlex.quote(str(run.report))}",
+        f"talk to it       {strings.run_command('chat', run)}",
+        *result_lines(plan, run),
     ]
 
 
-def result_card(plan: Plan, run: RunDir, replay: str, next_steps: Sequence[str]) -> RenderableType:
-    """Shows what a finished run left: figures, files with sizes, the replay command, what to do next."""
+def result_table(plan: Plan, run: RunDir) -> Table:
+    """Shows what a finished run left: figures, and files with their sizes."""
     table = _table(strings.RESULT_TITLE.format(name=run.name), "", "")
     table.show_header = False
     losses = first_and_last_loss(run.metrics)
@@ -151,7 +156,4 @@ def result_card(plan: Plan, run: RunDir, replay: str, next_steps: Sequence[str])
     for what, path in files:
         if path.exists():
             table.add_row(what, escape(f"{path} ({_size(path)})"))
-    parts: list[RenderableType] = [table, Text(strings.REPLAY.format(command=replay))]
-    if next_steps:
-        parts += [Text(strings.NEXT_TITLE), *(Text("  " + step) for step in next_steps)]
-    return Group(*parts)
+    return table

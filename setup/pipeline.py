@@ -6,22 +6,20 @@ data; the folder takes the run's name by rename when the plan is complete.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 from rich.console import Console
 
 from sparktune.setup import strings
-from sparktune.setup.cards import next_steps, plan_table, report_tables, result_card
-from sparktune.setup.machine.backends import Backend, StopSignals, choose_backend
+from sparktune.setup.cards import next_steps, plan_table, report_tables, result_table
+from sparktune.setup.machine.backends import StopSignals, choose_backend
 from sparktune.setup.machine.detect import detect_machine
 from sparktune.setup.machine.doctor import failures, run_checks
 from sparktune.setup.plan.config import load_plan, save_plan
@@ -34,116 +32,15 @@ from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan,
 from sparktune.setup.progress import Display, make_display
 from sparktune.setup.replay import replay_command
 from sparktune.setup.runstate import RunLock, RunState, fingerprint, outputs_of, stage_input, stages_of
+from sparktune.setup.stages import StageFailed, StageRunner
 
 __all__ = [
-    "Analysis", "StageFailed", "analyse", "check_name_free", "decide", "resume_pipeline", "run_pipeline", "show_plan",
+    "Analysis", "StageFailed", "analyse", "check_name_free", "decide", "resume_pipeline", "run_pipeline",
     "stop_signals",
 ]
 
-_LOG_TAIL_LINES = 15
 _WIDE = 240
 _PENDING = ".pending-"
-
-
-class StageFailed(SparktuneError):
-    """A stage ended with another code than 0; what there is to say has been said."""
-
-    def __init__(self, stage: str, code: int) -> None:
-        super().__init__(f"the stage {stage} ended with exit code {code}")
-        self.stage = stage
-        self.code = code
-
-
-class _Tail:
-    """Follows a file that a stage appends to, from where it ends now."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[bytes] | None = None
-        self._start = path.stat().st_size if path.exists() else 0
-        self._rest = b""
-
-    def read(self) -> Iterator[dict[str, Any]]:
-        """Yields the events written since the last call; a line still being written waits."""
-        if self._file is None:
-            if not self._path.exists():
-                return
-            self._file = self._path.open("rb")
-            self._file.seek(self._start)
-        lines = (self._rest + self._file.read()).split(b"\n")
-        self._rest = lines.pop()
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = {"kind": "message", "level": "warning", "text": f"unreadable event in {self._path}"}
-            if isinstance(event, dict):
-                yield event
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            self._file.close()
-
-
-class _Runner:
-    """Runs single stages of one run."""
-
-    def __init__(self, plan: Plan, run: RunDir, backend: Backend, display: Display, stop: StopSignals, lock: RunLock):
-        self.plan, self.run, self.backend = plan, run, backend
-        self.display, self.stop, self.lock = display, stop, lock
-
-    def stage(self, stage: str, number: int, count: int) -> float:
-        """Runs one stage and returns its seconds.
-
-        Raises:
-            StageFailed: its exit code was not 0. The reason and the last log lines have been shown.
-        """
-        self.run.stage_events(stage).parent.mkdir(parents=True, exist_ok=True)
-        tail = _Tail(self.run.stage_events(stage))
-        errors: list[str] = []
-        log_start = self.run.log.stat().st_size if self.run.log.exists() else 0
-        self.display.begin(stage, number, count)
-        begun, code = time.monotonic(), int(ExitCode.INTERRUPTED)
-        with self.run.events.open("a", encoding="utf-8") as events:
-
-            def poll() -> None:
-                for event in tail.read():
-                    events.write(json.dumps(event, ensure_ascii=False) + "\n")
-                    events.flush()
-                    if event.get("kind") == "message" and event.get("level") == "error":
-                        errors.append(str(event.get("text", "")))  # shown below, when the bar is gone
-                    else:
-                        self.display.event(event)
-
-            try:
-                code = self.backend.run_stage(
-                    stage, self.run, self.plan, on_poll=poll, stop=self.stop, lock_fd=self.lock.fd
-                )
-                poll()
-            finally:
-                tail.close()
-                seconds = time.monotonic() - begun
-                self.display.end(stage, seconds, code)
-        if code != ExitCode.OK:
-            if self.stop.count and code != ExitCode.STOPPED:
-                code = int(ExitCode.INTERRUPTED)
-            self._explain(stage, code, errors, log_start)
-            raise StageFailed(stage, code)
-        return seconds
-
-    def _explain(self, stage: str, code: int, errors: list[str], log_start: int) -> None:
-        for text in errors:
-            self.display.say(text, "warning" if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED) else "error")
-        if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
-            return
-        if not errors or code not in set(ExitCode) - {ExitCode.FAILURE}:
-            with self.run.log.open("rb") as log:
-                log.seek(log_start)
-                lines = log.read().decode("utf-8", errors="replace").splitlines()
-            self.display.say(strings.LOG_TAIL.format(stage=stage, code=code, log=self.run.log), "error")
-            for line in lines[-_LOG_TAIL_LINES:]:
-                self.display.say("    " + line)
 
 
 @dataclass(kw_only=True)
@@ -241,7 +138,7 @@ def analyse(plan: Plan, display: Display, stop: StopSignals, count: int = 1) -> 
     try:
         save_plan(plan, run.plan)
         input_hash = stage_input("prepare", plan, [])
-        seconds = _Runner(plan, run, backend, display, stop, lock).stage("prepare", 1, count)
+        seconds = StageRunner(plan, run, backend, display, stop, lock).stage("prepare", 1, count)
         report = DatasetReport.model_validate_json(run.data_report.read_text(encoding="utf-8"))
         analysis = Analysis(
             run=run, spec=probe(plan.model), report=report, machine=detect_machine(plan.device, plan.output),
@@ -283,8 +180,8 @@ def stop_signals(display: Display) -> Iterator[StopSignals]:
 
 
 def run_pipeline(
-    plan: Plan, *, console: Console, plain: bool = False, json_out: bool = False, analysis: Analysis | None = None,
-    confirm: Callable[[Plan, list[Recommendation]], None] | None = None,
+    plan: Plan, *, console: Console, plain: bool = False, json_out: bool = False, card: bool = True,
+    analysis: Analysis | None = None,
 ) -> int:
     """Takes a plan through every stage.
 
@@ -293,8 +190,8 @@ def run_pipeline(
         console: of standard error; takes everything but the result.
         plain: no bars.
         json_out: print summary.json on standard output at the end instead of the result card.
-        analysis: an analysis already made for this plan's data; it is used up.
-        confirm: called with the complete plan and the reasons before training starts; raises to stop.
+        card: print the result at all; a caller that makes several runs prints its own.
+        analysis: an analysis already made for this plan's data (and shown); it is used up.
 
     Returns:
         The exit code.
@@ -304,23 +201,24 @@ def run_pipeline(
     try:
         check_name_free(plan)
         with stop_signals(display) as stop:
+            shown = analysis is not None
             analysis = analysis or analyse(plan, display, stop, count)
             try:
                 plan, recommendations = decide(plan, analysis)
                 check_fits(plan, analysis.spec, analysis.report, analysis.machine)
-                if confirm:
-                    confirm(plan, recommendations)
                 plan, run = _name_run(plan, analysis)
             except BaseException:
                 analysis.discard()
                 raise
             with analysis.lock as lock:
-                if confirm is None:
-                    show_plan(plan, analysis.report, recommendations, console)
+                if not shown:
+                    console.print(report_tables(analysis.report))
+                console.print(plan_table(plan, recommendations, console.width))
                 display.say(strings.RUN_BEGINS.format(name=run.name, folder=run.root))
                 display.say(strings.REPLAY.format(command=replay_command(plan)))
                 _run_stages(plan, run, lock, display, stop)
-            show_result(plan, run, json_out)
+            if card:
+                show_result(plan, run, json_out)
             return ExitCode.OK
     except StageFailed as failure:
         return failure.code
@@ -359,14 +257,6 @@ def resume_pipeline(
         return error.exit_code
 
 
-def show_plan(
-    plan: Plan, report: DatasetReport, recommendations: Sequence[Recommendation], console: Console
-) -> None:
-    """Shows the data and the complete plan with its reasons."""
-    console.print(report_tables(report))
-    console.print(plan_table(plan, recommendations, console.width))
-
-
 def show_result(plan: Plan, run: RunDir, json_out: bool) -> None:
     """Prints the result on standard output: summary.json as it is, or the result card."""
     if json_out:
@@ -375,7 +265,10 @@ def show_result(plan: Plan, run: RunDir, json_out: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDE)  # a file or a pipe: paths stay whole
-    console.print(result_card(plan, run, replay_command(plan), next_steps(plan, run)))
+    console.print(result_table(plan, run))
+    # commands are printed as they are, never folded: they are there to be copied
+    print(strings.REPLAY.format(command=replay_command(plan)))
+    print(strings.NEXT_TITLE, *next_steps(plan, run), sep="\n  ")
 
 
 def _run_stages(
@@ -383,7 +276,7 @@ def _run_stages(
 ) -> None:
     backend, _ = choose_backend(plan)
     state, stages = RunState(run), stages_of(plan)
-    runner = _Runner(plan, run, backend, display, stop, lock)
+    runner = StageRunner(plan, run, backend, display, stop, lock)
     before: list[str] = []
     for number, stage in enumerate(stages, 1):
         input_hash = stage_input(stage, plan, before)
@@ -403,7 +296,8 @@ def _run_stages(
             if output_hash is None:
                 missing = next(p for p in outputs_of(stage, run, plan) if not p.exists())
                 raise SparktuneError(strings.NO_OUTPUT.format(stage=stage, path=missing, log=run.log))
-            state.finish(stage, input_hash, output_hash, seconds)
+            plan = load_plan(run.plan)  # training writes what it decided itself: kernels, recompute policy
+            state.finish(stage, stage_input(stage, plan, before), output_hash, seconds)
             if stop.count and stage != stages[-1]:
                 between = StageFailed(stage, int(ExitCode.INTERRUPTED))
                 _how_to_go_on(display, run, between)
@@ -414,4 +308,5 @@ def _run_stages(
 def _how_to_go_on(display: Display, run: RunDir, failure: StageFailed) -> None:
     stopped = failure.code in (ExitCode.STOPPED, ExitCode.INTERRUPTED)
     text = strings.STOPPED_AT if stopped else strings.FAILED_AT
-    display.say(text.format(stage=failure.stage, resume=strings.resume_command(run)), "warning" if stopped else "error")
+    command = strings.run_command("resume", run)
+    display.say(text.format(stage=failure.stage, resume=command), "warning" if stopped else "error")

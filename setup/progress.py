@@ -72,7 +72,7 @@ class _Common:
         elif kind == "choice":
             self.say("  " + strings.CHOICE.format(**{k: event.get(k, "") for k in ("what", "chosen", "reason")}))
         elif kind == "sample":
-            self.say("  " + strings.SAMPLE.format(**{k: event.get(k, "") for k in ("step", "prompt", "answer")}))
+            self.say("  " + strings.sample_line(event))
         else:
             return False
         return True

@@ -18,6 +18,7 @@ __all__ = ["STAGES", "RunLock", "RunState", "fingerprint", "outputs_of", "stage_
 
 STAGES = ("prepare", "train", "merge", "mtp", "gguf", "evaluate", "report")
 """Stages in their order."""
+_SMALL_BYTES = 2**20
 _DATA_FIELDS = (
     "model", "data", "eval_data", "eval_split", "text_field", "thinking", "max_seq_length", "over_length",
     "bad_row_limit",
@@ -49,9 +50,10 @@ def outputs_of(stage: str, run: RunDir, plan: Plan) -> list[Path]:
 
 
 def fingerprint(paths: Iterable[Path]) -> str | None:
-    """Returns a hash of names, sizes and times of all files in `paths`, or None where one is missing.
+    """Returns a hash of all files in `paths`, or None where one is missing.
 
-    Contents are not read: a model has tens of gigabytes, and every writer of ours replaces files by rename.
+    Small files count by content, so that a stage that writes the same again does not make later ones run again; large
+    ones by size and time: a model has tens of gigabytes, and every writer of ours replaces files by rename.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -61,7 +63,9 @@ def fingerprint(paths: Iterable[Path]) -> str | None:
         for file in files:
             stat = file.stat()
             name = file.name if path.is_file() else str(file.relative_to(path))
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            small = stat.st_size <= _SMALL_BYTES
+            mark = hashlib.sha256(file.read_bytes()).hexdigest() if small else f"{stat.st_size} {stat.st_mtime_ns}"
+            digest.update(f"{name}\0{mark}\n".encode())
     return digest.hexdigest()
 
 

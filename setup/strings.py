@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 import sparktune
 from sparktune.setup.plan.errors import ExitCode
@@ -20,7 +21,6 @@ STAGES = {
     "report": "Write the report",
 }
 CHOICE = "{what}: {chosen} ({reason})"
-SAMPLE = "sample at step {step}: {prompt!r} -> {answer!r}"
 
 # -- the run
 NAME_TAKEN = (
@@ -142,15 +142,21 @@ def run_script() -> str:
     return "./run.sh" if script.parent == Path.cwd() else shlex.quote(str(script))
 
 
-def resume_command(run: RunDir) -> str:
-    """Returns the command that goes on with `run`."""
+def run_command(command: str, run: RunDir) -> str:
+    """Returns the call of `command` on `run`, as it works from the current folder."""
     where = run.name if run.results_root == Path.cwd() / "results" else os.fspath(run.root)
-    return f"{run_script()} resume {shlex.quote(where)}"
+    return f"{run_script()} {command} {shlex.quote(where)}"
 
 
 def check_line(name: str, seen: str, fix: str) -> str:
     """Returns one check of the preflight as a sentence."""
     return f"{name}: {seen.rstrip('.')}. {fix}".rstrip()
+
+
+def sample_line(event: dict[str, Any]) -> str:
+    """Returns one answer of the model, during training or after it."""
+    who = f"step {event['step']}" if event.get("step") is not None else event.get("source", event.get("stage", ""))
+    return f"{who}: {event.get('prompt', '')!r} -> {event.get('answer', '')!r}"
 
 
 def stage_end(code: int) -> str:

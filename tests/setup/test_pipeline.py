@@ -62,7 +62,8 @@ for text_path, text in ([] if behaviour.get("nothing") else outputs):
         path.write_text(text)
     else:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "file").write_text(text)
+        (path / "file").write_text(text + behaviour.get("salt", ""))
+        (path / "config.json").write_text((Path(sys.argv[5]) / "config.json").read_text())
 emit("end", ok=True, seconds=0.0)
 '''
 
@@ -103,7 +104,8 @@ class ScriptedBackend(LocalBackend):
         texts = {run.data_report: report().model_dump_json(), run.metrics: '{"step": 1, "loss": 2.5}\n',
                  run.summary: '{"made": "here"}'}
         outputs = [(str(p), texts.get(p, stage)) for p in outputs_of(stage, run, plan)]
-        return [sys.executable, "-P", "-c", SCRIPT, stage, str(run.root), json.dumps(outputs), str(self.control)]
+        return [sys.executable, "-P", "-c", SCRIPT, stage, str(run.root), json.dumps(outputs), str(self.control),
+                plan.model]
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +229,11 @@ def test_resume_skips_what_is_unchanged_and_repeats_what_is_not(plan: Plan, back
     assert resume(plan)[0] == 0
     assert len(backend.calls()) == before, "nothing changed, nothing runs"
     (plan.output / "one" / "file").write_text("touched by someone")
+    assert resume(plan)[0] == 0
+    assert backend.calls()[before:] == ["merge"], "the merge made the same again, so nothing after it has to run"
+    (plan.output / "one" / "config.json").unlink()
+    backend.behave({"merge": {"salt": "another merge"}})
+    before = len(backend.calls())
     assert resume(plan)[0] == 0
     assert backend.calls()[before:] == ["merge", "mtp", "gguf", "evaluate", "report"]
     before = len(backend.calls())
