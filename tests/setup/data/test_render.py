@@ -263,6 +263,18 @@ def test_a_template_without_end_of_turn_token_is_noticed(tmp_path):
     assert rendered.open_turns == 2
 
 
+def test_special_tokens_inside_a_turn_do_not_end_it(tmp_path):
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "<|channel|>{{ c.function.name }}<|call|>{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}"
+    )
+    messages = chat("q", "wait", "r", "done")
+    messages[1]["tool_calls"] = [{"type": "function", "function": {"name": "now", "arguments": {}}}]
+    expected = ["wait<|channel|>now<|call|><|im_end|>", "done<|im_end|>"]
+    check(rewritten(tmp_path, template), messages, expected)
+
+
 def test_a_tokenizer_without_template_and_a_broken_template_are_named(tmp_path):
     with pytest.raises(DataError, match="has none"):
         rewritten(tmp_path / "a", None)
