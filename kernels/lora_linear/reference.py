@@ -31,11 +31,9 @@ def lora_linear_reference(
     Returns:
         [T, N] of x's dtype.
     """
-    rank = lora_b.shape[1]
     base = F.linear(x, weight, bias)
     low = F.linear(x if dropout_mask is None else x * dropout_mask, lora_a.to(x.dtype))
-    ups = lora_b.to(x.dtype).split(list(out_sizes))
-    deltas = [F.linear(part, up) for part, up in zip(low.split(rank, dim=-1), ups, strict=True)]
-    delta = torch.cat(deltas, dim=-1) if len(deltas) > 1 else deltas[0]
-    plain = base.shape[-1] - delta.shape[-1]
-    return base + scale * (F.pad(delta, (0, plain)) if plain else delta)
+    ups = (lora_b * scale).to(x.dtype).split(list(out_sizes))
+    # One block-diagonal product for the group: the extra zeros cost less than further passes over [T, N].
+    up = torch.block_diag(*ups) if len(ups) > 1 else ups[0]
+    return torch.addmm(base, low, F.pad(up, (0, 0, 0, base.shape[1] - up.shape[0])).t())
