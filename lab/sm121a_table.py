@@ -15,6 +15,7 @@ import triton
 from sparktune.lab.shapes import SIZES
 from sparktune.lab.sm121a import SHARED_LIMIT, Compiled, compile_for_gb10
 from sparktune.lab.sm121a_launches import launches_of_size
+from sparktune.lab.sm121a_mixers import mixer_launches
 
 __all__ = ["main"]
 
@@ -32,7 +33,7 @@ def main(sizes: list[str]) -> int:
     """Compiles, prints and writes the table; returns 1 if a kernel exceeds GB10's shared memory or spills."""
     rows, written = [], []
     for size in sizes or list(SIZES):
-        for launch in launches_of_size(size):
+        for launch in (*launches_of_size(size), *mixer_launches(size)):
             result = compile_for_gb10(launch)
             flags = {k: v for k, v in launch.constants.items() if isinstance(v, bool) and v}
             variant = " ".join(k.lower() for k in flags)

@@ -23,7 +23,16 @@ from sparktune.kernels.gated_delta_rule.triton import (
 )
 from sparktune.kernels.varlen_attention.triton import reduce_heads_kernel
 
-__all__ = ["CHUNK", "KernelConfigs", "chunk_tables", "delta_rule_configs", "gated_delta_rule_fused"]
+__all__ = [
+    "CHUNK",
+    "DeltaRuleSizes",
+    "KernelConfigs",
+    "chunk_tables",
+    "delta_rule_backward",
+    "delta_rule_configs",
+    "delta_rule_forward",
+    "gated_delta_rule_fused",
+]
 
 CHUNK = 64
 
@@ -134,18 +143,22 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sizes:
+class DeltaRuleSizes:
     """What every launch needs to know."""
 
     boundaries: tuple[int, ...]
+    """cu_seqlens on the host."""
     scale: float
+    """Factor on q, K ** -0.5."""
     constants: dict[str, int]
+    """HK, HV, K, V and C for the kernels."""
     configs: KernelConfigs
     keep_states: bool
+    """Whether the forward's w, n and states are saved for the backward."""
 
 
 def delta_rule_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, sizes: _Sizes
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, sizes: DeltaRuleSizes
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Runs the three forward kernels; returns o and (gamma, rstd_q, rstd_k, inverse, w, n, states)."""
     n_tokens, n_heads, v_dim = v.shape
@@ -179,7 +192,8 @@ def delta_rule_forward(
 
 def delta_rule_backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, do: torch.Tensor, gamma: torch.Tensor,
-    rstd_q: torch.Tensor, rstd_k: torch.Tensor, inverse: torch.Tensor, kept: tuple[torch.Tensor, ...], sizes: _Sizes,
+    rstd_q: torch.Tensor, rstd_k: torch.Tensor, inverse: torch.Tensor, kept: tuple[torch.Tensor, ...],
+    sizes: DeltaRuleSizes,
 ) -> tuple[torch.Tensor, ...]:
     """Runs the backward kernels; `kept` is (w, n, states), or empty to compute them again.
 
@@ -240,7 +254,7 @@ class GatedDeltaRuleFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
-        beta: torch.Tensor, sizes: _Sizes,
+        beta: torch.Tensor, sizes: DeltaRuleSizes,
     ) -> torch.Tensor:
         """Returns o [T, HV, V]."""
         q, k, v, g, beta = _rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous()
@@ -291,7 +305,7 @@ def gated_delta_rule_fused(
     boundaries = tuple(cu_seqlens_cpu.tolist())
     _check(q, k, v, g, beta, boundaries)
     constants = {"HK": k.shape[1], "HV": v.shape[1], "K": k.shape[2], "V": v.shape[2], "C": CHUNK}
-    sizes = _Sizes(
+    sizes = DeltaRuleSizes(
         boundaries=boundaries, scale=k.shape[2] ** -0.5, constants=constants,
         configs=delta_rule_configs(_capability(q)), keep_states=keep_states,
     )

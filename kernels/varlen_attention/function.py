@@ -21,7 +21,16 @@ from sparktune.kernels.varlen_attention.triton import (
     reduce_heads_kernel,
 )
 
-__all__ = ["HEAD_DIMS", "KernelConfig", "attention_configs", "varlen_attention_flash", "varlen_attention_fused"]
+__all__ = [
+    "HEAD_DIMS",
+    "KernelConfig",
+    "attention_backward",
+    "attention_configs",
+    "attention_forward",
+    "document_tiles",
+    "varlen_attention_flash",
+    "varlen_attention_fused",
+]
 
 HEAD_DIMS = (64, 128, 256)
 
@@ -49,7 +58,7 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int, heads: 
 
 # Within 101,376 bytes of shared memory and without spills on sm_121a (the tests compile every one of them there).
 SMALL_SHARED_MEMORY = {
-    64: (_config(64, 64, 4, 2), _config(64, 64, 4, 2), _config(32, 64, 4, 1)),
+    64: (_config(128, 64, 8, 2), _config(64, 64, 4, 2), _config(32, 64, 4, 1)),
     128: (_config(64, 64, 4, 2), _config(64, 32, 4, 2), _config(32, 64, 8, 2)),
     256: (_config(64, 64, 8, 1), _config(64, 32, 8, 1), _config(32, 32, 8, 1)),
 }
