@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparktune.setup.export.adapter import Adapter, LowRank, read_adapter
+from sparktune.setup.export.handover import model_card
 from sparktune.setup.export.rounding import FLOAT_BYTES, from_float32, to_float32
 from sparktune.setup.export.stage import Stage, run_command, run_stage
 from sparktune.setup.plan.errors import SparktuneError, UsageError
@@ -236,6 +237,7 @@ def merge(
     events: EventWriter,
     *,
     record: Mapping[str, Any] | None = None,
+    card: str | None = None,
     replace: Callable[[Path], bool] | None = None,
 ) -> MergeResult:
     """Writes base + training into `out_dir`, which appears whole or not at all.
@@ -251,6 +253,7 @@ def merge(
         out_dir: must not exist.
         events: progress and messages.
         record: entries added to the record in the merged folder.
+        card: text of the merged folder's README.md.
         replace: says whether an existing `out_dir` may be replaced.
 
     Raises:
@@ -299,6 +302,8 @@ def merge(
             )
         made = {"made_by": "sparktune", "trained_tensors": len(todo), **(record or {})}
         write_durably(folder / RECORD, json.dumps(made, indent=2) + "\n")
+        if card is not None:
+            write_durably(folder / "README.md", card)
     elements = sum(int(np.prod(base[n].shape)) for n in todo)
     result = MergeResult(
         folder=out_dir, trained_tensors=tuple(sorted(todo)), untouched_tensors=len(base) - len(todo),
@@ -329,6 +334,7 @@ def merge_run(stage: Stage) -> None:
         stage.events.message(f"{run.merged} is already the merge of this training; it is kept.")
         return
     merge(base_dir, trained, run.merged, stage.events, record=record,
+          card=model_card(stage.plan, run, probe(str(base_dir))),
           replace=lambda folder: read_record(folder).get("run") == run.name)
 
 

@@ -1,0 +1,119 @@
+"""What the user gets into their hands: serving commands, Ollama's Modelfile, and the result's README."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from sparktune.setup.plan.models import probe
+from sparktune.setup.plan.rundir import RunDir
+from sparktune.setup.plan.schema import ModelSpec, Plan
+
+__all__ = ["model_card", "modelfile", "result_lines", "serving_commands"]
+
+_DRAFT_TOKENS = 2
+"""Drafted tokens a step; the head is one layer, applied again for the second."""
+
+
+def modelfile(gguf: str, model_dir: Path, *, hybrid: bool) -> str:
+    """Returns Ollama's Modelfile for a GGUF file beside it.
+
+    Args:
+        gguf: the file's name.
+        model_dir: the model; its generation_config gives the sampling parameters.
+        hybrid: a Qwen3.5, for which Ollama has a renderer and a parser of its own; other models bring their template in
+            the GGUF.
+    """
+    try:
+        found = json.loads((model_dir / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    defaults: dict[str, Any] = {"temperature": 1, "top_k": 20, "top_p": 0.95} if hybrid else {}
+    given = {k: found.get(k) for k in ("temperature", "top_k", "top_p")}
+    parameters = defaults | {k: value for k, value in given.items() if isinstance(value, int | float)}
+    lines = [f"FROM ./{gguf}"]
+    if hybrid:
+        lines += ["TEMPLATE {{ .Prompt }}", "RENDERER qwen3.5", "PARSER qwen3.5"]
+    lines += [f"PARAMETER {key} {value:g}" for key, value in parameters.items()]
+    return "\n".join(lines) + "\n"
+
+
+def serving_commands(
+    spec: ModelSpec, model: Path, *, mtp: Path | None = None, gguf: Path | None = None, name: str = "model"
+) -> dict[str, str]:
+    """Returns server -> command, as the layout of the files wants it.
+
+    Args:
+        spec: the model's shape. In the multimodal layout vLLM leaves the vision tower out with --language-model-only.
+        model: the merged folder.
+        mtp: the folder with the MTP head; its commands draft with it.
+        gguf: a GGUF file; without one there is nothing for llama-server and Ollama.
+        name: what Ollama shall call it.
+    """
+    hybrid = spec.model_type == "qwen3_5_text"
+    folder = shlex.quote(str(mtp or model))
+    vllm = f"vllm serve {folder}" + (" --language-model-only" if hybrid and spec.multimodal else "")
+    sglang = f"python -m sglang.launch_server --model-path {folder}"
+    if mtp is not None:
+        draft = json.dumps({"method": "mtp", "num_speculative_tokens": _DRAFT_TOKENS}, separators=(",", ":"))
+        vllm += f" --speculative-config {shlex.quote(draft)}"
+        sglang += (f" --speculative-algorithm NEXTN --speculative-draft-model-path {folder} --speculative-num-steps "
+                   f"{_DRAFT_TOKENS} --speculative-eagle-topk 1 --speculative-num-draft-tokens {_DRAFT_TOKENS + 1}")
+    commands = {"vLLM": vllm, "SGLang": sglang}
+    if gguf is not None:
+        commands["llama.cpp"] = f"llama-server -m {shlex.quote(str(gguf))} --jinja" + (
+            " --spec-type draft-mtp" if mtp is not None else ""
+        )
+        modelfile_path = shlex.quote(str(gguf.parent / "Modelfile"))
+        commands["Ollama"] = f"ollama create {shlex.quote(name.lower())} -f {modelfile_path}"
+    return commands
+
+
+def result_lines(plan: Plan, run: RunDir) -> list[str]:
+    """Returns the result card's lines on serving: one command a server, for the files that are there."""
+    if not run.merged.is_dir():
+        return []
+    mtp = run.mtp(plan.mtp) if plan.mtp != "skip" and run.mtp(plan.mtp).is_dir() else None
+    gguf = next(iter(sorted(run.gguf.glob("*.gguf"))), None)
+    commands = serving_commands(probe(str(run.merged)), run.merged, mtp=mtp, gguf=gguf, name=run.name)
+    width = max(map(len, commands))
+    return [f"{server:<{width}}  {command}" for server, command in commands.items()]
+
+
+def model_card(plan: Plan, run: RunDir, spec: ModelSpec) -> str:
+    """Returns the README.md of `output/RUN`: what the model is, how it was made, how it is served.
+
+    It is written with the merge, before the later stages run, so it speaks of their folders by their fixed names.
+    """
+    method = {"full": "Full fine-tuning", "qlora": "LoRA on a 4-bit base, merged into the original weights"}.get(
+        plan.mode, "LoRA, merged into the base's weights"
+    )
+    mtp = run.mtp(plan.mtp) if plan.mtp != "skip" and spec.model_type == "qwen3_5_text" and spec.mtp_layers else None
+    gguf = run.gguf / f"{run.name}-{plan.gguf[0].upper()}.gguf" if plan.gguf else None
+    siblings = [f"- `{mtp.name}/`: the same model with its MTP head for speculative decoding"] if mtp else []
+    siblings += [f"- `{run.gguf.name}/`: GGUF files ({', '.join(plan.gguf)}) and an Ollama Modelfile"] if gguf else []
+    here = Path(run.merged.name)
+    commands = serving_commands(
+        spec, here, mtp=Path(mtp.name) if mtp else None, gguf=Path(gguf.parent.name) / gguf.name if gguf else None,
+        name=run.name,
+    )
+    base = plan.model if not Path(plan.model).is_absolute() else Path(plan.model).name
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sparktune]"]
+    front += [f"base_model: {base}"] if "/" in base else []
+    body = [
+        *front, "---", "", f"# {run.name}", "",
+        f"{base}, fine-tuned with sparktune. {method}; every tensor that was not trained has the base's bytes.", "",
+        "| | |", "|---|---|",
+        f"| data | {plan.data.name if plan.data else 'unknown'} |",
+        f"| epochs | {plan.num_epochs:g} |" if plan.max_steps is None else f"| steps | {plan.max_steps} |",
+        f"| longest example | {plan.max_seq_length} tokens |",
+        f"| learning rate | {plan.learning_rate:g} |" if plan.learning_rate else "| learning rate | as recommended |",
+        f"| seed | {plan.seed} |", "",
+        *(["Beside this folder:", "", *siblings, ""] if siblings else []),
+        "## Serve", "", "From the folder that holds this one:", "", "```",
+        *(f"# {server}\n{command}" for server, command in commands.items()), "```", "",
+        f"The base model's licence applies. The exact plan is in `{run.root.name}/plan.yaml` of the run's records.", "",
+    ]
+    return "\n".join(body)
