@@ -188,6 +188,11 @@ def test_tool_calls_are_learned_and_tool_answers_are_not(renderer):
     ])
 
 
+def test_our_own_placeholder_words_in_a_schema_or_a_name_confuse_nothing(renderer):
+    tools = [{"type": "function", "function": {"name": "zq0q0qz", "description": "zq1q1qz zq0q5qz"}}]
+    check(renderer("qwen25"), chat("q", "zq0q0qz"), ["zq0q0qz<|im_end|>"], tools)
+
+
 def test_a_call_without_arguments_or_text_is_learned(renderer):
     messages = chat("q", "")
     messages[1]["tool_calls"] = [{"type": "function", "function": {"name": "now", "arguments": {}}}]
