@@ -23,7 +23,9 @@ from sparktune.setup.plan.errors import ExitCode, SparktuneError
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Origin, Plan
 
-__all__ = ["CORPORA", "MARKER_FILE", "Corpus", "make_model", "run_demo", "verdict", "write_smoke", "write_stdlib"]
+__all__ = [
+    "CORPORA", "MARKER_FILE", "Corpus", "make_model", "plan_for", "run_demo", "verdict", "write_smoke", "write_stdlib",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

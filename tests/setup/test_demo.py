@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import load_file
 
-from sparktune.setup.demo import MARKER_FILE, make_model, write_smoke, write_stdlib
+from sparktune.setup import demo
+from sparktune.setup.demo import (
+    CORPORA,
+    MARKER_FILE,
+    make_model,
+    plan_for,
+    run_demo,
+    verdict,
+    write_smoke,
+    write_stdlib,
+)
 from sparktune.setup.demo_corpus import smoke_rows, stdlib_rows
+from sparktune.setup.demo_model import is_made_as
 from sparktune.setup.demo_tokenizer import PRETOKENIZE_REGEX
-from sparktune.setup.plan.errors import UsageError
+from sparktune.setup.plan.config import resolve
+from sparktune.setup.plan.errors import SparktuneError, UsageError
+from sparktune.setup.plan.rundir import RunDir
+from sparktune.setup.plan.schema import Plan
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +230,142 @@ def test_stdlib_limit_is_spread(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[0] == stdlib_rows()[0]
     assert rows[50] == stdlib_rows()[len(stdlib_rows()) // 2]
+
+
+# -- the command
+
+
+SMOKE = next(c for c in CORPORA if c.name == "smoke")
+
+
+def _samples(path: Path, answers: list[tuple[str, str, str]]) -> None:
+    path.parent.mkdir(parents=True)
+    rows: list[dict] = [{"step": 60, "prompt": "What is 5 + 5?", "answer": "in training"}]
+    rows += [{"stage": "before" if who == "base" else "after", "source": who, "prompt": q, "answer": a}
+             for who, q, a in answers]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+RIGHT = [(who, f"What is {n} + {n}?", f"{n} + {n} = {2 * n}.") for who in ("merged", "gguf bf16", "gguf q8_0")
+         for n in (5, 17)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "ok"),
+    [
+        ([("base", "What is 5 + 5?", "gibberish"), *RIGHT], True),
+        ([a for a in RIGHT if a[0] != "merged"], False),
+        ([a for a in RIGHT if a[0] == "merged"], False),
+        ([*RIGHT[:-1], ("gguf q8_0", "What is 17 + 17?", "17 + 17 = 35.")], False),
+        ([(w, q, a) for w, q, a in RIGHT if q != "What is 17 + 17?"], False),
+        ([], False),
+    ],
+)
+def test_verdict_wants_every_answer_of_every_result(tmp_path: Path, answers: list, ok: bool) -> None:
+    run = RunDir(name="r", results_root=tmp_path, output_root=tmp_path / "o")
+    _samples(run.samples, answers)
+    assert verdict(run, SMOKE)["ok"] is ok
+
+
+def test_the_plan_is_the_demos_where_it_must_be_and_open_elsewhere(tmp_path: Path) -> None:
+    given = resolve({"results": tmp_path / "r", "output": tmp_path / "o"}, {}, {}, {})
+    plan = plan_for(given, SMOKE, tmp_path / "m", tmp_path / "d.jsonl", "demo-smoke-1")
+    assert (plan.results, plan.output, plan.backend) == (tmp_path / "r", tmp_path / "o", "local")
+    assert plan.origins["learning_rate"] == "config"
+    for field in ("pack_length", "lora_r", "gradient_accumulation", "save_steps", "engine"):
+        assert plan.origins[field] == "default"
+
+
+class _Pipeline:
+    """Stands for the pipeline: writes what the evaluation would."""
+
+    def __init__(self, codes: list[int], answers: list[tuple[str, str, str]]) -> None:
+        self.codes, self.answers, self.plans = codes, answers, []
+
+    def __call__(self, plan: Plan, **_: object) -> int:
+        self.plans.append(plan)
+        run = RunDir(name=str(plan.name), results_root=plan.results, output_root=plan.output)
+        _samples(run.samples, self.answers)
+        return self.codes.pop(0)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Runs the demo with the pipeline and the making of the model replaced."""
+
+    def run(codes: list[int], answers: list, json_out: bool = False) -> tuple[int, _Pipeline, str]:
+        pipeline, text = _Pipeline(codes, answers), io.StringIO()
+        monkeypatch.setattr(demo, "run_pipeline", pipeline)
+        monkeypatch.setattr(demo, "_model", lambda folder: folder / "model")
+        plan = resolve({"results": tmp_path / "results", "output": tmp_path / "output"}, {}, {}, {})
+        console = Console(file=text, width=300)
+        code = run_demo(plan, console=console, plain=True, json_out=json_out, folder=tmp_path / "demo")
+        return code, pipeline, text.getvalue()
+
+    return run
+
+
+def test_demo_runs_both_corpora_and_says_so(quick, tmp_path: Path) -> None:
+    code, pipeline, text = quick([0, 0], [("base", "What is 5 + 5?", "[red]x"), *RIGHT])
+    assert code == 0
+    assert [p.data.name for p in pipeline.plans] == ["smoke.jsonl", "stdlib.jsonl"]
+    assert all(p.data.is_file() for p in pipeline.plans)
+    assert "every expected answer was given" in text
+    assert "[red]x" in text
+    assert "5 + 5 = 10." in text
+
+
+def test_demo_fails_honestly(quick) -> None:
+    code, _, text = quick([0, 0], [("merged", "What is 5 + 5?", "5 + 5 = 11.")])
+    assert code == 1
+    assert "an expected answer is missing" in text
+
+
+@pytest.mark.parametrize("failed", [3, 75])
+def test_demo_passes_a_stages_exit_code_on(quick, failed: int) -> None:
+    code, pipeline, _ = quick([failed], RIGHT)
+    assert code == failed
+    assert len(pipeline.plans) == 1
+
+
+def test_demo_as_json(quick, capsys: pytest.CaptureFixture[str]) -> None:
+    quick([0, 0], RIGHT, json_out=True)
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["ok"] is True
+    assert outcome["runs"][0]["answers"]["What is 5 + 5?"]["gguf q8_0"] == "5 + 5 = 10."
+
+
+def test_another_folder_of_that_name_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny-qwen3.5").mkdir()
+
+    def make(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        Path(command[-1]).mkdir()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(demo.subprocess, "run", make)
+    assert demo._model(tmp_path) == tmp_path / "tiny-qwen3.5-2"
+
+
+def test_a_model_made_before_is_taken(model_dir: Path, tmp_path: Path) -> None:
+    assert is_made_as(model_dir)
+    assert not is_made_as(tmp_path)
+    (tmp_path / "tiny-qwen3.5").symlink_to(model_dir)
+    assert demo._model(tmp_path) == tmp_path / "tiny-qwen3.5"
+
+
+def test_a_model_that_cannot_be_made_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 1, "", "Traceback\nOSError: No space left on device\n")
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(SparktuneError, match=r"could not be made in .*: OSError: No space left"):
+        demo._model(tmp_path)
+
+
+def test_same_rows_keep_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "smoke.jsonl"
+    write_smoke(path)
+    before = path.stat().st_mtime_ns
+    write_smoke(path)
+    assert path.stat().st_mtime_ns == before
+    path.write_text("{}")
+    write_smoke(path)
+    assert len(path.read_text().splitlines()) == 50
