@@ -117,6 +117,10 @@ def _hub_file(source: str, name: str, revision: str | None) -> Path | None:
     import huggingface_hub
     from huggingface_hub import errors
 
+    # A cached copy is enough for a shape; without a network, asking the hub costs half a minute of retries.
+    cached = huggingface_hub.try_to_load_from_cache(source, name, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
     try:
         return Path(huggingface_hub.hf_hub_download(source, name, revision=revision))
     except errors.LocalEntryNotFoundError as error:

@@ -220,3 +220,12 @@ def test_offline(hub: Any) -> None:
     assert probe("Qwen/Qwen3.5-2B-Base").hidden_size == 2048
     with pytest.raises(PreflightError):
         probe("Qwen/Qwen3.5-2B", revision="abc")
+
+
+def test_a_cached_config_needs_no_network(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub({}, errors.LocalEntryNotFoundError("offline"))
+    folder = _folder(tmp_path / "cache", **DENSE)
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda repo, name, revision=None: str(folder / name)
+    )
+    assert probe("someone/model").hidden_size == 64
