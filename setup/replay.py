@@ -22,7 +22,7 @@ def _arguments(field: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else "--no-" + flag.removeprefix("--")]
     if field == "sample_prompts":
-        return [word for prompt in value for word in ("--sample-prompt", prompt)]
+        return [f"--sample-prompt={prompt}" for prompt in value]
     if isinstance(value, list):
         return [flag, ",".join(value) or "none"]
     text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
