@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,7 +40,10 @@ class Narrator(EventWriter):
 
     def line(self, text: str) -> None:
         """Prints a line that is no event, such as a step's figures."""
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # whoever read the output is gone; training is not for them alone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self._copy(text)
 
     def emit(self, kind: EventKind, **fields: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import sys
 import tempfile
@@ -82,11 +83,13 @@ def run_session(flags: Mapping[str, Any], config: Path | None, env: Mapping[str,
         what = f"{type(error).__name__}: {error}"
         return _refuse(events, f"Training failed unexpectedly ({what}). Details: {where}", ExitCode.FAILURE)
     finally:
-        events.close()
+        with contextlib.suppress(OSError):
+            events.close()
 
 
 def _refuse(events: Narrator, text: str, code: ExitCode) -> int:
-    events.message(text, "error")
+    with contextlib.suppress(OSError):  # the disk that caused the refusal may refuse this too
+        events.message(text, "error")
     print(text, file=sys.stderr, flush=True)
     return code
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from sparktune.setup.plan.flags import add_plan_flags, given_flags
 from sparktune.training.checkpoint import checkpoints_of
+from sparktune.training.loop import TrainingLoop
+from sparktune.training.session import run_session
 
 pytestmark = pytest.mark.xdist_group("train-processes")
 
 Train = Callable[..., "subprocess.Popen[str]"]
+Session = Callable[..., tuple[int, str, str]]
 STEPS = 12
 
 
@@ -32,6 +39,32 @@ def flags(tiny_model: Path, smoke: Path) -> list[str]:
         "--save-steps", "3", "--eval-steps", "4", "--keep-checkpoints", "3", "--sample-prompt", "What is 3 + 3?",
         "--no-tensorboard", "--results", "results",
     ]
+
+
+@pytest.fixture
+def session(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Session]:
+    """Runs one training session in this process; returns its exit code and what it printed on both streams."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)  # as the processes have
+
+    def run(*args: str) -> tuple[int, str, str]:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--config", type=Path)
+        add_plan_flags(parser, "train")
+        parsed = parser.parse_args(args)
+        code = int(run_session(given_flags(parsed), parsed.config, {}))
+        return code, *capfd.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -71,10 +104,10 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 def test_killed_and_stopped_runs_end_where_the_uninterrupted_one_does(
-    start_train: Train, flags: list[str], tmp_path: Path
+    start_train: Train, session: Session, flags: list[str], tmp_path: Path
 ) -> None:
     results = tmp_path / "results"
-    finish(start_train(*flags, "--name", "whole"))
+    assert session(*flags, "--name", "whole")[0] == 0
     assert [r["step"] for r in metrics(results / "whole") if "loss" in r] == list(range(1, STEPS + 1))
     b = [t for n, t in load_file(results / "whole" / "adapter" / "adapter_model.safetensors").items() if "lora_B" in n]
     assert all(t.abs().max() > 0 for t in b)
@@ -100,47 +133,77 @@ def test_killed_and_stopped_runs_end_where_the_uninterrupted_one_does(
     _, err = stopped.communicate(timeout=120)
     assert stopped.returncode == 75, err
     assert "Go on with: python train.py --resume-from-checkpoint" in err
-    finish(start_train("--config", results / "stopped" / "plan.yaml"))
+    assert session("--config", str(results / "stopped" / "plan.yaml"))[0] == 0
     assert_same_end(results / "whole", results / "stopped")
 
 
-def test_full_fine_tuning_resumes_exactly(start_train: Train, flags: list[str], tmp_path: Path) -> None:
+def test_full_fine_tuning_resumes_exactly(
+    start_train: Train, session: Session, flags: list[str], tmp_path: Path
+) -> None:
     results = tmp_path / "results"
     full = [*flags, "--mode", "full", "--lora-dropout", "0", "--learning-rate", "1e-4", "--max-steps", "6"]
-    finish(start_train(*full, "--name", "whole"))
+    assert session(*full, "--name", "whole")[0] == 0
     killed = start_train(*full, "--name", "killed")
     wait_for_step(results / "killed", 4, killed)
     killed.kill()
     killed.communicate()
-    finish(start_train("--resume-from-checkpoint", results / "killed"))
+    assert session("--resume-from-checkpoint", str(results / "killed"))[0] == 0
     assert_same_end(results / "whole", results / "killed")
 
 
-def test_what_a_resume_refuses_and_repairs(start_train: Train, flags: list[str], tmp_path: Path) -> None:
+def test_what_a_resume_refuses_and_repairs(
+    session: Session, flags: list[str], tmp_path: Path
+) -> None:
     """One run, then: another plan is refused by name, damage is told, the checkpoint before is taken."""
     run = tmp_path / "results" / "run"
-    finish(start_train(*flags, "--name", "run"))
+    assert session(*flags, "--name", "run")[0] == 0
     before = metrics(run)
     adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
-    process = start_train("--resume-from-checkpoint", run / "checkpoint-9", "--learning-rate", "1e-3", "--seed", "5")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
+    resume = ("--resume-from-checkpoint", str(run / "checkpoint-9"))
+    code, _, err = session(*resume, "--learning-rate", "1e-3", "--seed", "5")
+    assert code == 1
     assert "learning_rate was 0.002 and is now 0.001; seed was 3407 and is now 5" in err
+    assert metrics(run) == before  # nothing was touched
 
     damaged = run / "checkpoint-12" / "engine.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    process = start_train("--resume-from-checkpoint", run / "checkpoint-12")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
+    code, _, err = session("--resume-from-checkpoint", str(run / "checkpoint-12"))
+    assert code == 1
     assert "engine.safetensors changed after it was written" in err
 
     (run / "checkpoint-9" / "loop.json").write_bytes((run / "checkpoint-9" / "loop.json").read_bytes()[:-3])
-    out = finish(start_train("--config", run / "plan.yaml"))
+    code, out, err = session("--config", str(run / "plan.yaml"))
+    assert code == 0, err
     assert "checkpoint-12.damaged" in out
     assert "checkpoint-9.damaged" in out
     assert "Resuming from checkpoint-6" in out
     assert metrics(run) == before
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+    # an explicit earlier checkpoint: the later ones step aside, the steps run again and come out the same
+    code, out, err = session("--resume-from-checkpoint", str(run / "checkpoint-6"))
+    assert code == 0, err
+    assert "checkpoint-9.superseded" in out
+    assert metrics(run) == before
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_a_second_signal_aborts(
+    session: Session, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = TrainingLoop._step
+
+    def step(loop: TrainingLoop) -> None:
+        if loop.state.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole(loop)
+
+    monkeypatch.setattr(TrainingLoop, "_step", step)
+    code, _, err = session(*flags, "--name", "aborted")
+    assert code == 130
+    assert "Aborted" in err
+    assert [p.name for p in checkpoints_of(tmp_path / "results" / "aborted")] == ["checkpoint-3"]
