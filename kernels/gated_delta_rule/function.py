@@ -131,6 +131,13 @@ def _check(
     for name, size in (("K", k.shape[2]), ("V", v.shape[2])):
         if size not in (16, 32, 64, 128):
             raise ValueError(f"{name} must be 16, 32, 64 or 128; got {size}. Use the reference for other sizes.")
+    # The kernels count elements of a row's tensors in 32 bits.
+    longest = max(n_tokens * x.stride(0) for x in (q, k, v)) if n_tokens else 0
+    if max(longest, v.numel()) >= 2**31:
+        raise ValueError(
+            f"{n_tokens} tokens with {max(x.stride(0) for x in (q, k, v))} elements between them exceed the kernels' "
+            "32-bit offsets. Lower the pack length."
+        )
     rising = all(a < b for a, b in itertools.pairwise(boundaries))
     if len(boundaries) < 2 or boundaries[0] != 0 or boundaries[-1] != n_tokens or not rising:
         raise ValueError(
@@ -174,16 +181,16 @@ def delta_rule_forward(
     states = torch.empty((n_chunks, n_heads, k_dim, v_dim), dtype=k.dtype, device=q.device)
     o = torch.empty_like(n)
     qk_strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
-    chunk_prepare_kernel[(n_heads, n_chunks)](
+    chunk_prepare_kernel[(n_chunks * n_heads,)](
         q, k, v, g, beta, chunks, gamma, rstd_q, rstd_k, inverse, w, n, *qk_strides, v.stride(0), v.stride(1),
         **sizes.constants, num_warps=config.prepare_warps, num_stages=1,
     )
-    chunk_scan_kernel[(v_dim // min(config.scan_block_v, v_dim), documents.shape[0] * n_heads, 1)](
+    chunk_scan_kernel[(documents.shape[0] * n_heads, v_dim // min(config.scan_block_v, v_dim), 1)](
         q, k, w, n, o, o, gamma, rstd_q, rstd_k, states, states, documents, *qk_strides, sizes.scale,
         **sizes.constants, BV=min(config.scan_block_v, v_dim), FORWARD=True, BACKWARD=False,
         num_warps=config.scan_warps, num_stages=config.scan_stages,
     )
-    chunk_output_kernel[(n_heads, n_chunks)](
+    chunk_output_kernel[(n_chunks * n_heads,)](
         q, k, n, states, gamma, rstd_q, rstd_k, o, chunks, *qk_strides, sizes.scale, **sizes.constants,
         num_warps=config.output_warps, num_stages=1,
     )
@@ -215,12 +222,12 @@ def delta_rule_backward(
     dstates = torch.empty_like(states)
     qk_strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
     strides = (*qk_strides, v.stride(0), v.stride(1))
-    prepare_backward_kernel[(n_heads, n_chunks)](
+    prepare_backward_kernel[(n_chunks * n_heads,)](
         q, k, v, beta, do, gamma, rstd_q, rstd_k, inverse, w, n, dn, chunks, *strides, sizes.scale, **sizes.constants,
         RECOMPUTE=recompute, num_warps=config.prepare_backward_warps, num_stages=1,
     )
     block_v = min(config.scan_block_v, v_dim)
-    chunk_scan_kernel[(v_dim // block_v, documents.shape[0] * n_heads, 1 + recompute)](
+    chunk_scan_kernel[(documents.shape[0] * n_heads, v_dim // block_v, 1 + recompute)](
         q, k, w, n, do, dn, gamma, rstd_q, rstd_k, states, dstates, documents, *qk_strides, sizes.scale,
         **sizes.constants, BV=block_v, FORWARD=recompute, BACKWARD=True,
         num_warps=config.scan_warps, num_stages=config.scan_stages,
@@ -233,11 +240,11 @@ def delta_rule_backward(
     dv = torch.empty((n_tokens, n_heads, v_dim), dtype=v.dtype, device=q.device)
     dg, dbeta = torch.empty((2, n_tokens, n_heads), dtype=torch.float32, device=q.device)
     x, e = torch.empty_like(w), torch.empty_like(inverse)
-    wy_gradients_kernel[(n_heads, n_chunks)](
+    wy_gradients_kernel[(n_chunks * n_heads,)](
         k, v, beta, dn, gamma, rstd_k, inverse, states, x, e, dv, dg, dbeta, chunks, *strides[2:], **sizes.constants,
         BLK=min(config.wy_block, k_dim, v_dim), num_warps=config.wy_warps, num_stages=1,
     )
-    chunk_gradients_kernel[(n_heads, n_chunks)](
+    chunk_gradients_kernel[(n_chunks * n_heads,)](
         q, k, n, beta, do, gamma, rstd_q, rstd_k, states, dstates, x, e, parts[0], parts[1], dg, chunks, *qk_strides,
         sizes.scale, **sizes.constants, BV=min(config.gradients_block_v, v_dim), num_warps=config.gradients_warps,
         num_stages=1,

@@ -41,6 +41,16 @@ def _load_rows(x, stride_t, rows, cols, eos):
 
 
 @triton.jit
+def _load_gamma(gamma, stride_t, t_0, rows, eos, C: tl.constexpr):
+    """Loads gamma of one chunk and its last value, which also stands in the rows past the document's end.
+
+    A zero there would make exp2(gamma_i - gamma_j) overflow, and infinity times the zero beside it is NaN.
+    """
+    b_last = tl.load(gamma + (tl.minimum(t_0 + C, eos) - 1) * stride_t)
+    return tl.where(rows < eos, tl.load(gamma + rows * stride_t, mask=rows < eos, other=0.0), b_last), b_last
+
+
+@triton.jit
 def _invert_unit_lower(b_a, C: tl.constexpr):
     """(I + A)^-1 of a strictly lower triangular A [C, C], C at most 64, in float32.
 
@@ -83,10 +93,10 @@ def chunk_prepare_kernel(
 ):
     """gamma, the l2 norms' reciprocals, X, w and u of one chunk and value head.
 
-    Grid (HV, NC). `chunks` int32 [NC, 2]: first token, document's end. g, beta, gamma fp32 [T, HV]; rstd fp32
+    Grid (NC * HV). `chunks` int32 [NC, 2]: first token, document's end. g, beta, gamma fp32 [T, HV]; rstd fp32
     [T, HK]; inverse (X) [NC, HV, C, C]; w [T, HV, K]; u [T, HV, V].
     """
-    i_h, i_c = tl.program_id(0), tl.program_id(1)
+    i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
     t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
     R: tl.constexpr = HV // HK
     i_hk = i_h // R
@@ -136,8 +146,7 @@ def _scan_forward(
         p_u = u + (rows[:, None] * HV + i_h) * V + o_v[None, :]
         b_n = tl.load(p_u, mask=keep[:, None], other=0.0).to(tl.float32) - tl.dot(b_w, b_s.to(b_w.dtype))
         tl.store(p_u, b_n.to(u.dtype.element_ty), mask=keep[:, None])
-        b_g = tl.load(gamma + rows * HV + i_h, mask=keep, other=0.0)
-        b_last = tl.load(gamma + (tl.minimum(bos + i_c * C + C, eos) - 1) * HV + i_h)
+        b_g, b_last = _load_gamma(gamma + i_h, HV, bos + i_c * C, rows, eos, C)
         b_rk = tl.load(rstd_k + rows * HK + i_hk, mask=keep, other=0.0)
         b_n *= (b_rk * tl.exp2(b_last - b_g))[:, None]
         b_kt = tl.load(k + rows[None, :] * stride_kt + o_k[:, None], mask=keep[None, :], other=0.0)
@@ -160,8 +169,7 @@ def _scan_backward(
         keep = rows < eos
         p_s = dstates + (((i_c0 + i_c).to(tl.int64) * HV + i_h) * K + o_k[:, None]) * V + o_v[None, :]
         tl.store(p_s, b_ds.to(dstates.dtype.element_ty))
-        b_g = tl.load(gamma + rows * HV + i_h, mask=keep, other=0.0)
-        b_last = tl.load(gamma + (tl.minimum(bos + i_c * C + C, eos) - 1) * HV + i_h)
+        b_g, b_last = _load_gamma(gamma + i_h, HV, bos + i_c * C, rows, eos, C)
         b_rk = tl.load(rstd_k + rows * HK + i_hk, mask=keep, other=0.0)
         b_rq = tl.load(rstd_q + rows * HK + i_hk, mask=keep, other=0.0)
         b_k = tl.load(k + rows[:, None] * stride_kt + o_k[None, :], mask=keep[:, None], other=0.0)
@@ -186,12 +194,11 @@ def chunk_scan_kernel(
 ):
     """The sequential part: states before each chunk, and (or) their gradients behind each chunk.
 
-    Grid (V / BV, N * HV, FORWARD + BACKWARD): the two directions do not depend on one another, so a backward that
+    Grid (N * HV, V / BV, FORWARD + BACKWARD): the two directions do not depend on one another, so a backward that
     recomputes the states runs both at once. `documents` int32 [N, 3]: begin, end, first chunk. states and dstates
     [NC, HV, K, V]. u becomes n; dn becomes the full gradient of n.
     """
-    i_v, i_nh = tl.program_id(0), tl.program_id(1)
-    i_n, i_h = i_nh // HV, i_nh % HV
+    i_n, i_h, i_v = tl.program_id(0) // HV, tl.program_id(0) % HV, tl.program_id(1)
     bos, eos = tl.load(documents + i_n * 3), tl.load(documents + i_n * 3 + 1)
     i_c0 = tl.load(documents + i_n * 3 + 2)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -215,15 +222,15 @@ def chunk_output_kernel(
     q, k, n, states, gamma, rstd_q, rstd_k, o, chunks, stride_qt, stride_qh, stride_kt, stride_kh, scale,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
 ):
-    """o = s (e^gamma q S + P n); grid (HV, NC); o [T, HV, V]."""
-    i_h, i_c = tl.program_id(0), tl.program_id(1)
+    """o = s (e^gamma q S + P n); grid (NC * HV); o [T, HV, V]."""
+    i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
     t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
     i_hk = i_h // (HV // HK)
     o_c = tl.arange(0, C)
     o_k, o_v = tl.arange(0, K), tl.arange(0, V)
     rows = t_0 + o_c
     keep = rows < eos
-    b_g = tl.load(gamma + rows * HV + i_h, mask=keep, other=0.0)
+    b_g, _ = _load_gamma(gamma + i_h, HV, t_0, rows, eos, C)
     b_rq = tl.load(rstd_q + rows * HK + i_hk, mask=keep, other=0.0)
     b_rk = tl.load(rstd_k + rows * HK + i_hk, mask=keep, other=0.0)
     b_q = _load_rows(q + i_hk * stride_qh, stride_qt, rows, o_k, eos)
@@ -245,16 +252,16 @@ def prepare_backward_kernel(
 ):
     """dn = s P^T do, the part of n's gradient that stays inside the chunk; with RECOMPUTE also w and u from X.
 
-    Grid (HV, NC); do and dn [T, HV, V] contiguous.
+    Grid (NC * HV); do and dn [T, HV, V] contiguous.
     """
-    i_h, i_c = tl.program_id(0), tl.program_id(1)
+    i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
     t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
     i_hk = i_h // (HV // HK)
     o_c = tl.arange(0, C)
     o_k, o_v = tl.arange(0, K), tl.arange(0, V)
     rows = t_0 + o_c
     keep = rows < eos
-    b_g = tl.load(gamma + rows * HV + i_h, mask=keep, other=0.0)
+    b_g, _ = _load_gamma(gamma + i_h, HV, t_0, rows, eos, C)
     b_rq = tl.load(rstd_q + rows * HK + i_hk, mask=keep, other=0.0)
     b_rk = tl.load(rstd_k + rows * HK + i_hk, mask=keep, other=0.0)
     b_q = _load_rows(q + i_hk * stride_qh, stride_qt, rows, o_k, eos)
@@ -282,11 +289,11 @@ def wy_gradients_kernel(
 ):
     """Gradients through w = X (beta e^gamma k) and u = X (beta v): dv, dbeta, and the parts that dk and dg need.
 
-    Grid (HV, NC). With x = X^T dw, dw = -dn S^T, and y = X^T dn the gradient of A is -(x w^T + y u^T), strictly lower:
+    Grid (NC * HV). With x = X^T dw, dw = -dn S^T, and y = X^T dn the gradient of A is -(x w^T + y u^T), strictly lower:
     no product of three [C, C] matrices. Stores x [T, HV, K], e [NC, HV, C, C] = dA[i, j] beta_i
     exp(gamma_i - gamma_j), and dgamma fp32 [T, HV]; the normalised k's gradient is beta e^gamma x + (e + e^T) k.
     """
-    i_h, i_c = tl.program_id(0), tl.program_id(1)
+    i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
     t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
     i_hk = i_h // (HV // HK)
     o_c, o_v, o_b = tl.arange(0, C), tl.arange(0, V), tl.arange(0, BLK)
@@ -297,7 +304,7 @@ def wy_gradients_kernel(
     inverse += i_ch * C * C
     v += i_h * stride_vh
     k += i_hk * stride_kh
-    b_g = tl.load(gamma + rows * HV + i_h, mask=keep, other=0.0)
+    b_g, _ = _load_gamma(gamma + i_h, HV, t_0, rows, eos, C)
     b_beta = tl.load(beta + rows * HV + i_h, mask=keep, other=0.0)
     b_rk = tl.load(rstd_k + rows * HK + i_hk, mask=keep, other=0.0)
 
@@ -349,10 +356,10 @@ def chunk_gradients_kernel(
 ):
     """dq, dk and dg of one chunk and value head; x, e and dg's begin come from `wy_gradients_kernel`.
 
-    Grid (HV, NC). dq and dk [T, HV, K]: one a value head, the host adds the heads that share a key head. dg fp32
+    Grid (NC * HV). dq and dk [T, HV, K]: one a value head, the host adds the heads that share a key head. dg fp32
     [T, HV] is read as the gradient of gamma so far and overwritten with that of g.
     """
-    i_h, i_c = tl.program_id(0), tl.program_id(1)
+    i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
     t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
     i_hk = i_h // (HV // HK)
     o_c, o_k, o_bv = tl.arange(0, C), tl.arange(0, K), tl.arange(0, BV)
@@ -361,8 +368,7 @@ def chunk_gradients_kernel(
     i_ch = i_c.to(tl.int64) * HV + i_h
     states += i_ch * K * V
     dstates += i_ch * K * V
-    b_g = tl.load(gamma + rows * HV + i_h, mask=keep, other=0.0)
-    b_last = tl.load(gamma + (tl.minimum(t_0 + C, eos) - 1) * HV + i_h)
+    b_g, b_last = _load_gamma(gamma + i_h, HV, t_0, rows, eos, C)
     b_rq = tl.load(rstd_q + rows * HK + i_hk, mask=keep, other=0.0)
     b_rk = tl.load(rstd_k + rows * HK + i_hk, mask=keep, other=0.0)
 

@@ -131,6 +131,12 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, boundaries: tuple[
             f"k and v must be [{n_tokens}, nKV, {head_dim}] with nKV dividing {n_heads}; "
             f"got {tuple(k.shape)} and {tuple(v.shape)}."
         )
+    # The kernels count elements of a row's tensors in 32 bits.
+    if n_tokens * max(q.stride(0), k.stride(0), v.stride(0), n_heads * head_dim) >= 2**31:
+        raise ValueError(
+            f"{n_tokens} tokens with {max(q.stride(0), k.stride(0), v.stride(0))} elements between them exceed the "
+            "kernels' 32-bit offsets. Lower the pack length."
+        )
     rising = all(a < b for a, b in itertools.pairwise(boundaries))
     if len(boundaries) < 2 or boundaries[0] != 0 or boundaries[-1] != n_tokens or not rising:
         raise ValueError(
@@ -153,7 +159,7 @@ def attention_forward(
     tiles = document_tiles(boundaries, config.block_m, q.device, of_keys=False)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((n_heads, n_tokens), dtype=torch.float32, device=q.device)
-    attention_forward_kernel[(n_heads, tiles.shape[0])](
+    attention_forward_kernel[(tiles.shape[0] * n_heads,)](
         q, k, v, o, lse, tiles, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         n_tokens, scale, nH=n_heads, G=n_heads // k.shape[1], D=head_dim, BM=config.block_m, BN=config.block_n,
         WINDOW=window, num_warps=config.num_warps, num_stages=config.num_stages,
@@ -174,7 +180,7 @@ def attention_backward(
     delta = torch.empty_like(lse)
     dq = torch.empty_like(o)
     tiles = document_tiles(boundaries, for_dq.block_m, q.device, of_keys=False)
-    attention_dq_kernel[(n_heads, tiles.shape[0])](
+    attention_dq_kernel[(tiles.shape[0] * n_heads,)](
         q, k, v, o, do, lse, delta, dq, tiles, *strides, n_tokens, scale, nH=n_heads, G=group, D=head_dim,
         BM=for_dq.block_m, BN=for_dq.block_n, WINDOW=window, num_warps=for_dq.num_warps, num_stages=for_dq.num_stages,
     )
@@ -186,10 +192,10 @@ def attention_backward(
     if heads < group:
         parts = torch.empty((2, n_tokens, n_heads // heads, head_dim), dtype=torch.float32, device=k.device)
     tiles = document_tiles(boundaries, for_dkv.block_n, q.device, of_keys=True)
-    attention_dkv_kernel[(n_heads // heads, tiles.shape[0])](
-        q, k, v, do, lse, delta, parts[0], parts[1], tiles, *strides, n_tokens, scale, G=group, GP=heads, D=head_dim,
-        BM=for_dkv.block_m, BN=for_dkv.block_n, WINDOW=window, num_warps=for_dkv.num_warps,
-        num_stages=for_dkv.num_stages,
+    attention_dkv_kernel[(tiles.shape[0] * (n_heads // heads),)](
+        q, k, v, do, lse, delta, parts[0], parts[1], tiles, *strides, n_tokens, scale, G=group, GP=heads,
+        NS=n_heads // heads, D=head_dim, BM=for_dkv.block_m, BN=for_dkv.block_n, WINDOW=window,
+        num_warps=for_dkv.num_warps, num_stages=for_dkv.num_stages,
     )
     if heads < group:
         rows = 2 * n_tokens * n_kv

@@ -57,10 +57,10 @@ def attention_forward_kernel(
 ):
     """o = softmax(scale * q k^T, causal, inside the document) v, and lse = log2 of the softmax's denominator.
 
-    Grid (nH, tiles), heads fastest; a program owns BM queries of one head. `tiles` int32 [tiles, 3]: first query,
+    Grid (tiles * nH), heads fastest; a program owns BM queries of one head. `tiles` int32 [tiles, 3]: first query,
     document's begin, document's end. o [T, nH, D] contiguous, lse fp32 [nH, T].
     """
-    i_h, i_t = tl.program_id(0), tl.program_id(1)
+    i_t, i_h = tl.program_id(0) // nH, tl.program_id(0) % nH
     m_start = tl.load(tiles + i_t * 3)
     bos, eos = tl.load(tiles + i_t * 3 + 1), tl.load(tiles + i_t * 3 + 2)
     o_m = m_start + tl.arange(0, BM)
@@ -128,7 +128,7 @@ def attention_dq_kernel(
 
     Writes delta fp32 [nH, T], which the dk and dv pass reads.
     """
-    i_h, i_t = tl.program_id(0), tl.program_id(1)
+    i_t, i_h = tl.program_id(0) // nH, tl.program_id(0) % nH
     m_start = tl.load(tiles + i_t * 3)
     bos, eos = tl.load(tiles + i_t * 3 + 1), tl.load(tiles + i_t * 3 + 2)
     o_m = m_start + tl.arange(0, BM)
@@ -195,16 +195,16 @@ def _dkv_step(
 def attention_dkv_kernel(
     q, k, v, do, lse, delta, dk, dv, tiles, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_dot, stride_doh, T, scale,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, NS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """dv = p^T do, dk = scale * (p * (do v^T - delta))^T q for BN keys, summed over GP query heads.
 
-    Grid (nH / GP, tiles): program (i_s, i_t) owns the keys of tile i_t and query heads i_s * GP to i_s * GP + GP - 1,
+    Grid (tiles * NS), NS = nH / GP: a program owns the keys of tile i_t and query heads i_s * GP to i_s * GP + GP - 1,
     which share one key head (GP divides G). dk and dv [T, nH / GP, D] contiguous. `tiles` int32 [tiles, 3]: first key,
     document's begin, document's end.
     """
-    i_s, i_t = tl.program_id(0), tl.program_id(1)
-    n_splits = tl.num_programs(0)
+    i_t, i_s = tl.program_id(0) // NS, tl.program_id(0) % NS
     n_start = tl.load(tiles + i_t * 3)
     eos = tl.load(tiles + i_t * 3 + 2)
     o_n = n_start + tl.arange(0, BN)
@@ -235,7 +235,7 @@ def attention_dkv_kernel(
                 b_dk, b_dv, b_k, b_v, q + i_h * stride_qh, do + i_h * stride_doh, lse + i_h * T, delta + i_h * T,
                 stride_qt, stride_dot, m_start, o_m, o_n, o_d, eos, qk_scale, WINDOW, False,
             )
-    rows = (o_n[:, None] * n_splits + i_s) * D + o_d[None, :]
+    rows = (o_n[:, None] * NS + i_s) * D + o_d[None, :]
     tl.store(dv + rows, b_dv.to(dv.dtype.element_ty), mask=keep[:, None])
     tl.store(dk + rows, (b_dk * scale).to(dk.dtype.element_ty), mask=keep[:, None])
 
