@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from sparktune.kernels.attention_prologue.function import attention_prologue_packed_fused
+from sparktune.kernels.attention_prologue.function import attention_prologue_fused
 from sparktune.kernels.causal_conv1d.function import causal_conv1d_fused
+from sparktune.kernels.columns import split_columns
 from sparktune.kernels.gated_delta_rule.gates import gdn_gates_fused
 from sparktune.kernels.gated_rms_norm.function import gated_rms_norm_fused
 from sparktune.kernels.linear_cross_entropy.function import linear_cross_entropy_fused
 from sparktune.kernels.lora_linear.function import lora_linear_fused, silu_mul_lora_linear_fused
 from sparktune.kernels.rms_norm.function import add_rms_norm_fused
 from sparktune.kernels.sigmoid_gate.function import sigmoid_gate_fused
-from sparktune.kernels.silu_mul.function import silu_mul_packed_fused
+from sparktune.kernels.silu_mul.function import silu_mul_fused
 
 __all__ = ["TIMED", "Timed"]
 
@@ -153,6 +154,14 @@ def _elementwise() -> list[Timed]:
         angles = torch.randn(T, R, device="cuda")
         return {"qkv": _r(T, ATTENTION_IN, grad=True), "w": _r(D), "cos": angles.cos(), "sin": angles.sin()}
 
+    def prologue_op(i: Inputs) -> tuple[torch.Tensor, ...]:
+        q, k, v = split_columns(i["qkv"], (NH * 2 * D, NKV * D, NKV * D))
+        parts = attention_prologue_fused(
+            q.unflatten(1, (NH, 2 * D)), k.unflatten(1, (NKV, D)), i["w"], i["w"], i["cos"], i["sin"], 1e-6,
+            zero_centred=True, gated=True,
+        )
+        return *parts, v
+
     def z_of(i: Inputs) -> torch.Tensor:
         return i["y"].detach()[:, QKV : QKV + HV * K].unflatten(1, (HV, K)).requires_grad_()
 
@@ -162,17 +171,15 @@ def _elementwise() -> list[Timed]:
             ("x", "res"), gbytes=8 * PASS, per_model=48),
         _op("gated_rms_norm", gated, lambda i: gated_rms_norm_fused(i["x"], z_of(i), i["w"], 1e-6), ("x",),
             gbytes=8 * PASS, per_model=18),
-        _op("silu_mul_packed", lambda: {"gu": _r(T, 2 * FFN, grad=True)}, lambda i: silu_mul_packed_fused(i["gu"]),
-            ("gu",), gbytes=8 * T * FFN * 2 / 1e9, per_model=24),
+        _op("silu_mul", lambda: {"gu": _r(T, 2 * FFN, grad=True)},
+            lambda i: silu_mul_fused(*split_columns(i["gu"], (FFN, FFN))), ("gu",),
+            gbytes=8 * T * FFN * 2 / 1e9, per_model=24),
         _op("causal_conv1d", conv, lambda i: causal_conv1d_fused(i["x"], i["w"], i["cu"], i["cu"]), ("x",),
             gbytes=5 * qkv_pass, per_model=18),
         _op("gdn_gates", gates, lambda i: gdn_gates_fused(i["a"], i["b"], i["log"], i["dt"]), ("a", "b"),
             gbytes=T * HV * 28 / 1e9, per_model=18),
-        _op("attention_prologue_packed", prologue,
-            lambda i: attention_prologue_packed_fused(
-                i["qkv"], i["w"], i["w"], i["cos"], i["sin"], 1e-6, n_heads=NH, n_kv_heads=NKV, zero_centred=True,
-                gated=True),
-            ("qkv",), gbytes=(T * D * 2 * (2 * (NH + NKV) + 2 * (2 * NH + 2 * NKV) + NH + NKV)) / 1e9, per_model=6),
+        _op("attention_prologue", prologue, prologue_op, ("qkv",),
+            gbytes=(T * D * 2 * (2 * (NH + NKV) + 2 * (2 * NH + 2 * NKV) + NH + NKV)) / 1e9, per_model=6),
         _op("sigmoid_gate", lambda: {"x": _r(T, NH, D, grad=True), "g": _r(T, NH, D, grad=True)},
             lambda i: sigmoid_gate_fused(i["x"], i["g"]), ("x", "g"), gbytes=8 * PASS, per_model=6),
     ]

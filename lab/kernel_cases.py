@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sparktune.kernels.attention_prologue.function import attention_prologue_fused, attention_prologue_packed_fused
+from sparktune.kernels.attention_prologue.function import attention_prologue_fused
 from sparktune.kernels.attention_prologue.reference import attention_prologue_reference
 from sparktune.kernels.causal_conv1d.function import causal_conv1d_fused
 from sparktune.kernels.causal_conv1d.reference import causal_conv1d_reference
@@ -27,7 +27,7 @@ from sparktune.kernels.rms_norm.function import add_rms_norm_fused, rms_norm_fus
 from sparktune.kernels.rms_norm.reference import add_rms_norm_reference, rms_norm_reference
 from sparktune.kernels.sigmoid_gate.function import sigmoid_gate_fused
 from sparktune.kernels.sigmoid_gate.reference import sigmoid_gate_reference
-from sparktune.kernels.silu_mul.function import silu_mul_fused, silu_mul_packed_fused
+from sparktune.kernels.silu_mul.function import silu_mul_fused
 from sparktune.kernels.silu_mul.reference import silu_mul_reference
 
 __all__ = ["CASES", "Case", "Errors", "errors_of"]
@@ -168,14 +168,13 @@ def _gated_norm_case(T: int, HV: int, V: int) -> Case:
     )
 
 
-def _silu_case(T: int, inner: int, packed: bool) -> Case:
+def _silu_case(T: int, inner: int) -> Case:
     def split(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         return t["gu"][:, :inner], t["gu"][:, inner:]
 
-    tri = (lambda t: (silu_mul_packed_fused(t["gu"]),)) if packed else (lambda t: (silu_mul_fused(*split(t)),))
     return Case(
-        name=f"silu_mul{'_packed' if packed else ''}_{T}x{inner}", grads=("gu",), tri=tri,
-        make=lambda g: {"gu": _normal(g, T, 2 * inner, scale=2.0)}, ref=lambda t: (silu_mul_reference(*split(t)),),
+        name=f"silu_mul_{T}x{inner}", grads=("gu",), make=lambda g: {"gu": _normal(g, T, 2 * inner, scale=2.0)},
+        tri=lambda t: (silu_mul_fused(*split(t)),), ref=lambda t: (silu_mul_reference(*split(t)),),
     )
 
 
@@ -198,7 +197,7 @@ def _angles(T: int, R: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _prologue_case(
-    T: int, heads: int, kv: int, D: int, R: int, gated: bool, norm: bool, zero_centred: bool, packed: bool
+    T: int, heads: int, kv: int, D: int, R: int, gated: bool, norm: bool, zero_centred: bool
 ) -> Case:
     q_width = heads * D * (2 if gated else 1)
 
@@ -220,17 +219,11 @@ def _prologue_case(
         )
         return q, k, v, gate
 
-    def tri_packed(t: Tensors) -> tuple[torch.Tensor | None, ...]:
-        return attention_prologue_packed_fused(
-            t["qkv"], t.get("qw"), t.get("kw"), t["cos"], t["sin"], 1e-6, n_heads=heads, n_kv_heads=kv,
-            zero_centred=zero_centred, gated=gated,
-        )
-
-    tags = [n for n, on in (("gated", gated), ("norm", norm), ("z", zero_centred), ("packed", packed)) if on]
+    tags = [n for n, on in (("gated", gated), ("norm", norm), ("z", zero_centred)) if on]
     return Case(
         name="_".join([f"attention_prologue_{T}x{heads}x{kv}x{D}r{R}", *tags]), make=make,
         grads=("qkv", "qw", "kw") if norm else ("qkv",), keep=("cos", "sin"),
-        tri=tri_packed if packed else lambda t: call(attention_prologue_fused, t),
+        tri=lambda t: call(attention_prologue_fused, t),
         ref=lambda t: call(attention_prologue_reference, t),
     )
 
@@ -396,14 +389,13 @@ CASES: tuple[Case, ...] = (
     _gated_norm_case(19, 3, 32),
     _gated_norm_case(7, 2, 24),
     _gated_norm_case(0, 2, 32),
-    _silu_case(13, 96, False),
-    _silu_case(6, 1032, True),
-    _silu_case(0, 32, True),
+    _silu_case(13, 96),
+    _silu_case(6, 1032),
+    _silu_case(0, 32),
     _sigmoid_case(11, 3, 24),
-    _prologue_case(19, 4, 2, 32, 8, True, True, True, False),
-    _prologue_case(19, 4, 2, 32, 8, True, True, True, True),
-    _prologue_case(9, 3, 1, 24, 24, False, True, False, True),
-    _prologue_case(9, 2, 2, 16, 16, False, False, False, False),
+    _prologue_case(19, 4, 2, 32, 8, True, True, True),
+    _prologue_case(9, 3, 1, 24, 24, False, True, False),
+    _prologue_case(9, 2, 2, 16, 16, False, False, False),
     _conv_case((70,), 40, 4),
     _conv_case((1, 2, 3, 31, 1, 40, 1, 1), 24, 4),
     _conv_case((5, 29), 16, 2),

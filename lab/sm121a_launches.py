@@ -60,14 +60,14 @@ def _gdn(value_heads: int, key_heads: int = 16) -> None:
 def _attention(heads: int, kv: int) -> None:
     product = _t(T, heads * 2 * D + 2 * kv * D)
     q = product[:, : heads * 2 * D].unflatten(1, (heads, 2 * D))
-    k, v = product[:, heads * 2 * D :].unflatten(1, (2 * kv, D)).split(kv, 1)
+    k = product[:, heads * 2 * D : heads * 2 * D + kv * D].unflatten(1, (kv, D))
     cos = _t(T, R, dtype=torch.float32)
     weight = _t(D)
     q_out, k_out = attention_prologue_fwd(q[..., :D], k, weight, weight, cos, cos, 1e-6, True)
-    outs = (q[..., :D], k, v, q[..., D:])
+    outs = (q[..., :D], k, q[..., D:])
     for weight_grad in (False, True):
         attention_prologue_bwd(
-            (q_out, k_out, k_out, q_out), q[..., :D], k, weight, weight, cos, cos, 1e-6, True, outs, weight_grad
+            (q_out, k_out, q_out), q[..., :D], k, weight, weight, cos, cos, 1e-6, True, outs, weight_grad
         )
     sigmoid_gate_fwd(q_out, q[..., D:])
     sigmoid_gate_bwd(q_out, q_out, q[..., D:])

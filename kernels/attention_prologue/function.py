@@ -1,4 +1,4 @@
-"""`attention_prologue` on the Triton kernels, for separate q and k or for the whole grouped product."""
+"""`attention_prologue` on the Triton kernels: the same signature as its reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from sparktune.kernels.attention_prologue.triton import attention_prologue_bwd, attention_prologue_fwd
 from sparktune.kernels.columns import GradColumns, grad_columns
 
-__all__ = ["attention_prologue_fused", "attention_prologue_packed_fused"]
+__all__ = ["attention_prologue_fused"]
 
 
 def _inner(x: torch.Tensor) -> torch.Tensor:
@@ -59,52 +59,11 @@ class _AttentionPrologue(torch.autograd.Function):
         D = k.shape[2]
         q_grad, k_grad = (_place(p, x) for p, x in zip(ctx.places, (q, k), strict=True))
         weights = attention_prologue_bwd(
-            (_inner(dq), _inner(dk), None, _inner(dgate) if ctx.gated else None), q[..., :D], k, q_weight, k_weight,
-            cos, sin, ctx.eps, ctx.zero_centred, (q_grad[..., :D], k_grad, None, q_grad[..., D:]),
+            (_inner(dq), _inner(dk), _inner(dgate) if ctx.gated else None), q[..., :D], k, q_weight, k_weight,
+            cos, sin, ctx.eps, ctx.zero_centred, (q_grad[..., :D], k_grad, q_grad[..., D:]),
             ctx.needs_input_grad[2] or ctx.needs_input_grad[3],
         )
         return q_grad, k_grad, *_norm_grads(ctx, 2, weights, (q_weight, k_weight)), None, None, None, None, None
-
-
-class _AttentionProloguePacked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, cos: torch.Tensor,
-        sin: torch.Tensor, eps: float, zero_centred: bool, shape: tuple[int, int, int, bool],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        qkv = _inner(qkv)
-        q, k, v, gate = _split(qkv, shape)
-        q_out, k_out = attention_prologue_fwd(q, k, q_weight, k_weight, cos, sin, eps, zero_centred)
-        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
-        ctx.eps, ctx.zero_centred, ctx.shape = eps, zero_centred, shape
-        return q_out, k_out, v, gate
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dgate: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
-        q, k, _, _ = _split(qkv, ctx.shape)
-        d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        weights = attention_prologue_bwd(
-            (_inner(dq), _inner(dk), _inner(dv), _inner(dgate) if ctx.shape[3] else None), q, k, q_weight, k_weight,
-            cos, sin, ctx.eps, ctx.zero_centred, _split(d_qkv, ctx.shape),
-            ctx.needs_input_grad[1] or ctx.needs_input_grad[2],
-        )
-        return d_qkv, *_norm_grads(ctx, 1, weights, (q_weight, k_weight)), None, None, None, None, None
-
-
-def _split(
-    qkv: torch.Tensor, shape: tuple[int, int, int, bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Views q, k, v, gate of a grouped product [T, nH * (2D or D) + 2 * nKV * D]."""
-    n_heads, n_kv, D, gated = shape
-    width = n_heads * D * (2 if gated else 1)
-    q = qkv[:, :width].unflatten(1, (n_heads, -1))
-    k = qkv[:, width : width + n_kv * D].unflatten(1, (n_kv, D))
-    v = qkv[:, width + n_kv * D :].unflatten(1, (n_kv, D))
-    return q[..., :D], k, v, q[..., D:] if gated else None
 
 
 def _check_angles(tokens: int, D: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -146,32 +105,3 @@ def attention_prologue_fused(
                          f"{2 * D if gated else D}")
     _check_angles(q.shape[0], D, cos, sin)
     return _AttentionPrologue.apply(q, k, q_weight, k_weight, cos, sin, eps, zero_centred, gated)
-
-
-def attention_prologue_packed_fused(
-    qkv: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, cos: torch.Tensor,
-    sin: torch.Tensor, eps: float, *, n_heads: int, n_kv_heads: int, zero_centred: bool, gated: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`attention_prologue_fused` on the whole grouped product, so that its gradient needs no concatenation.
-
-    Args:
-        qkv: [T, nH * (2D or D) + 2 * nKV * D]: q (or interleaved q | gate), then k, then v.
-        q_weight, k_weight, cos, sin, eps, zero_centred, gated: as in `attention_prologue_fused`.
-        n_heads: nH.
-        n_kv_heads: nKV.
-
-    Returns:
-        q [T, nH, D], k [T, nKV, D], and views v [T, nKV, D] and gate [T, nH, D] (or None) of the product.
-
-    Raises:
-        ValueError: shapes or layouts do not fit together.
-    """
-    heads = n_heads * (2 if gated else 1) + 2 * n_kv_heads
-    if qkv.dim() != 2 or qkv.shape[1] % heads:
-        raise ValueError(f"qkv is {tuple(qkv.shape)}; {n_heads} query and {n_kv_heads} key heads, gated={gated}, "
-                         f"need a width divisible by {heads}")
-    D = qkv.shape[1] // heads
-    _check_angles(qkv.shape[0], D, cos, sin)
-    return _AttentionProloguePacked.apply(
-        qkv, q_weight, k_weight, cos, sin, eps, zero_centred, (n_heads, n_kv_heads, D, gated)
-    )

@@ -113,17 +113,16 @@ def _copy(src, dst, o_t, T, stride_src, stride_dst, D: tl.constexpr, BD: tl.cons
 
 @triton.jit
 def attention_prologue_bwd_kernel(
-    dq, dk, dv, dgate, q, k, q_weight, k_weight, cos, sin, q_grad, k_grad, v_grad, gate_grad, partial, T, eps,
-    stride_dqt, stride_dqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh, stride_dgt, stride_dgh,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_cos,
-    stride_oqt, stride_oqh, stride_okt, stride_okh, stride_ovt, stride_ogt, stride_ogh,
+    dq, dk, dgate, q, k, q_weight, k_weight, cos, sin, q_grad, k_grad, gate_grad, partial, T, eps,
+    stride_dqt, stride_dqh, stride_dkt, stride_dkh, stride_dgt, stride_dgh, stride_qt, stride_qh, stride_kt, stride_kh,
+    stride_cos, stride_oqt, stride_oqh, stride_okt, stride_okh, stride_ogt, stride_ogh,
     NH: tl.constexpr, NKV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     ZERO_CENTRED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, GATED: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
 ):
-    """Grid (cdiv(T, BT), nH + nKV, or nH + 2 nKV with dv): a program owns BT tokens of one query, key or value head.
+    """Grid (cdiv(T, BT), nH + nKV): a program owns BT tokens of one head; query heads first, then key heads.
 
-    A query head's program also moves the gate's gradient into its place; a value head's program moves dv.
+    A query head's program also moves the gate's gradient into its place.
     """
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     i_h = tl.program_id(1)
@@ -135,15 +134,12 @@ def attention_prologue_bwd_kernel(
         )
         if GATED:
             _copy(dgate + i_h * stride_dgh, gate_grad + i_h * stride_ogh, o_t, T, stride_dgt, stride_ogt, D, BD)
-    elif i_h < NH + NKV:
+    else:
         i_k = i_h - NH
         _norm_rope_bwd(
             dk + i_k * stride_dkh, k + i_k * stride_kh, k_weight, cos, sin, k_grad + i_k * stride_okh, p_partial,
             o_t, T, stride_dkt, stride_kt, stride_okt, stride_cos, eps, D, R, BD, ZERO_CENTRED, K_NORM, WEIGHT_GRAD,
         )
-    else:
-        i_v = i_h - NH - NKV
-        _copy(dv + i_v * stride_dvh, v_grad + i_v * D, o_t, T, stride_dvt, stride_ovt, D, BD)
 
 
 def attention_prologue_fwd(
@@ -169,33 +165,31 @@ def attention_prologue_fwd(
 
 
 def attention_prologue_bwd(
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], q: torch.Tensor,
-    k: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, cos: torch.Tensor,
-    sin: torch.Tensor, eps: float, zero_centred: bool,
-    outs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], weight_grad: bool,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], q: torch.Tensor, k: torch.Tensor,
+    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, eps: float,
+    zero_centred: bool, outs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], weight_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Writes the gradients of the raw q, k (and v, gate) and returns those of the norm weights, if asked.
+    """Writes the gradients of the raw q, k (and gate) and returns those of the norm weights, if asked.
 
     Args:
-        grads: dq [T, nH, D], dk [T, nKV, D], dv [T, nKV, D] or None, dgate [T, nH, D] or None.
+        grads: dq [T, nH, D], dk [T, nKV, D], dgate [T, nH, D] or None for no gate.
         q, k, q_weight, k_weight, cos, sin, eps, zero_centred: the forward's.
-        outs: where the gradients of q, k, v, gate go, shaped like `grads`; the value heads D apart.
+        outs: where the gradients of q, k, gate go, shaped like `grads`; the last is not read without a gate.
         weight_grad: also sum the gradients of the two norm weights, fp32.
     """
-    dq, dk, dv, dgate = grads
-    q_grad, k_grad, v_grad, gate_grad = outs
+    dq, dk, dgate = grads
+    q_grad, k_grad, gate_grad = outs
     T, NH, D = q.shape
     NKV = k.shape[1]
     tiles = triton.cdiv(T, BT)
     partial = torch.empty((tiles, NH + NKV, D), dtype=torch.float32, device=q.device) if weight_grad else cos
-    dv_, v_out = (dk, k_grad) if dv is None else (dv, v_grad)
-    dg_, g_out = (dq, q_grad) if dgate is None else (dgate, gate_grad)
+    from_gate, to_gate = (dq, q_grad) if dgate is None else (dgate, gate_grad)
     if T:
-        attention_prologue_bwd_kernel[(tiles, NH + NKV + (0 if dv is None else NKV))](
-            dq, dk, dv_, dg_, q, k, q if q_weight is None else q_weight, k if k_weight is None else k_weight, cos, sin,
-            q_grad, k_grad, v_out, g_out, partial, T, eps, *dq.stride()[:2], *dk.stride()[:2], *dv_.stride()[:2],
-            *dg_.stride()[:2], *q.stride()[:2], *k.stride()[:2], cos.stride(0), *q_grad.stride()[:2],
-            *k_grad.stride()[:2], v_out.stride(0), *g_out.stride()[:2],
+        attention_prologue_bwd_kernel[(tiles, NH + NKV)](
+            dq, dk, from_gate, q, k, q if q_weight is None else q_weight, k if k_weight is None else k_weight, cos, sin,
+            q_grad, k_grad, to_gate, partial, T, eps, *dq.stride()[:2], *dk.stride()[:2], *from_gate.stride()[:2],
+            *q.stride()[:2], *k.stride()[:2], cos.stride(0), *q_grad.stride()[:2], *k_grad.stride()[:2],
+            *to_gate.stride()[:2],
             NH=NH, NKV=NKV, D=D, R=cos.shape[1], BT=BT, BD=triton.next_power_of_2(D), ZERO_CENTRED=zero_centred,
             Q_NORM=q_weight is not None, K_NORM=k_weight is not None, GATED=dgate is not None,
             WEIGHT_GRAD=weight_grad, num_warps=4,

@@ -1,4 +1,4 @@
-"""`silu_mul` on the Triton kernels, for two tensors or for one grouped product."""
+"""`silu_mul` on the Triton kernels: the same signature as its reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from sparktune.kernels.columns import grad_columns
 from sparktune.kernels.silu_mul.triton import silu_mul_bwd, silu_mul_fwd
 
-__all__ = ["silu_mul_fused", "silu_mul_packed_fused"]
+__all__ = ["silu_mul_fused"]
 
 
 def _inner(x: torch.Tensor) -> torch.Tensor:
@@ -37,26 +37,6 @@ class _SiluMul(torch.autograd.Function):
         return d_gate, d_up
 
 
-class _SiluMulPacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
-        gate_up = _inner(gate_up)
-        ctx.save_for_backward(gate_up)
-        half = gate_up.shape[1] // 2
-        return silu_mul_fwd(gate_up[:, :half], gate_up[:, half:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
-        (gate_up,) = ctx.saved_tensors
-        half = gate_up.shape[1] // 2
-        d = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-        silu_mul_bwd(
-            _inner(dy), gate_up[:, :half], gate_up[:, half:], recompute=False, out=(d[:, :half], d[:, half:])
-        )
-        return d
-
-
 def silu_mul_fused(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, one launch each way; saves its inputs only.
 
@@ -65,7 +45,8 @@ def silu_mul_fused(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         up: [T, I], rows may be strided.
 
     Returns:
-        [T, I] in gate's dtype, contiguous. The two gradients are the halves of one [T, 2I] buffer.
+        [T, I] in gate's dtype, contiguous. The gradients go straight into the grouped product's, if
+        gate and up are parts of one `split_columns`.
 
     Raises:
         ValueError: gate and up differ in shape, or are not two-dimensional.
@@ -73,20 +54,3 @@ def silu_mul_fused(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if gate.shape != up.shape or gate.dim() != 2:
         raise ValueError(f"silu_mul needs gate and up of one shape [T, I], got {tuple(gate.shape)}, {tuple(up.shape)}")
     return _SiluMul.apply(gate, up)
-
-
-def silu_mul_packed_fused(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate_up[:, :I]) * gate_up[:, I:] whose gradient is one [T, 2I] tensor: no concatenation on the way back.
-
-    Args:
-        gate_up: [T, 2I], the grouped product.
-
-    Returns:
-        [T, I] in gate_up's dtype.
-
-    Raises:
-        ValueError: gate_up is not two-dimensional with an even width.
-    """
-    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
-        raise ValueError(f"silu_mul_packed needs [T, 2I], got {tuple(gate_up.shape)}")
-    return _SiluMulPacked.apply(gate_up)
