@@ -165,6 +165,28 @@ def test_an_unknown_architecture_is_named_with_the_known_families(
     assert "qwen3_5_text, qwen2, qwen3, llama, mistral" in err
 
 
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", "empty"), (b"\xff\xfe not json\n" * 3, "bad.jsonl"), (b'{"a": 1}\n' * 3, "bad.jsonl")]
+)
+def test_data_that_cannot_be_used_exits_4_and_names_the_file(
+    session: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes, says: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    assert session(data=tmp_path / "bad.jsonl") == 4
+    err = capfd.readouterr().err
+    assert says in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_signal_before_the_first_step_is_no_abort(
+    session: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sparktune.training.session.probe", lambda model: os.kill(os.getpid(), signal.SIGTERM))
+    assert session() == 75
+    assert "before the first step" in capfd.readouterr().err
+
+
 def test_a_missing_shard_is_named(
     session: Callable[..., int], place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,12 +13,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparktune.setup.plan.errors import PreflightError, SparktuneError
@@ -26,6 +27,8 @@ from sparktune.setup.plan.errors import PreflightError, SparktuneError
 __all__ = [
     "CheckpointDamaged",
     "LoopState",
+    "StoredTensors",
+    "check_room",
     "check_same_run",
     "checkpoints_of",
     "load_engine_state",
@@ -288,9 +291,58 @@ def load_loop_state(checkpoint: Path) -> LoopState:
     return LoopState(**json.loads((checkpoint / "loop.json").read_text(encoding="utf-8")))
 
 
-def load_engine_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Reads the engine's state of a validated checkpoint, on the CPU."""
-    return load_file(checkpoint / "engine.safetensors")
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file, read one at a time: a full run's state is larger than what is left free.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Reads one tensor to the CPU."""
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the names."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self._names)
+
+
+def load_engine_state(checkpoint: Path) -> StoredTensors:
+    """Opens the engine's state of a validated checkpoint."""
+    return StoredTensors(checkpoint / "engine.safetensors")
+
+
+def check_room(run_root: Path, one_bytes: int, keep: int, saves: int) -> None:
+    """Refuses a run whose checkpoints cannot fit on the disk: `keep` of them and the one being written.
+
+    Args:
+        run_root: the run folder.
+        one_bytes: size of one checkpoint.
+        keep: checkpoints kept.
+        saves: how many the run will write at most.
+
+    Raises:
+        PreflightError: less than that is free.
+    """
+    there = len(checkpoints_of(run_root))
+    count = max(1, min(keep + 1, saves) - there)
+    free = shutil.disk_usage(run_root).free
+    if free < count * one_bytes:
+        raise PreflightError(
+            f"{count} checkpoints of {one_bytes / 2**30:.2f} GiB need {count * one_bytes / 2**30:.2f} GiB in "
+            f"{run_root}, but {free / 2**30:.2f} GiB is free. Free some space, point --results at another disk, or "
+            "pass --keep-checkpoints 1."
+        )
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +18,8 @@ class Engine(Protocol):
 
     device: torch.device
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], n_supervised: int) -> torch.Tensor:
-        """Adds the gradients of sum(cross-entropy) / n_supervised over the micro-batches.
+    def forward_backward(self, micro_batches: Iterable[MicroBatch], n_supervised: int) -> torch.Tensor:
+        """Adds the gradients of sum(cross-entropy) / n_supervised over the micro-batches, taken one by one.
 
         Returns the loss, a 0-d tensor on the device (reading it is the caller's synchronisation).
         `n_supervised` counts the targets of the whole step, over all micro-batches (and ranks).
@@ -43,7 +43,7 @@ class Engine(Protocol):
         Flat names, tensors on the CPU or the device, safetensors dtypes; views allowed.
         """
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores `state()` exactly. Raises ValueError naming missing, unexpected or misshapen entries."""
 
     def export(self, folder: Path) -> None:

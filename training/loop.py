@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +48,9 @@ class Batches(Protocol):
 
     def micro_batch(self, epoch: int, index: int) -> MicroBatch:
         """Returns one micro-batch, on the CPU."""
+
+    def supervised_tokens(self, epoch: int, first: int, last: int) -> int:
+        """Returns the number of targets in micro-batches first..last - 1 of `epoch`, without building them."""
 
     def lines(self, micro_batch: MicroBatch) -> list[int]:
         """Returns the line numbers, in the data file, of a micro-batch's examples."""
@@ -129,23 +132,26 @@ class TrainingLoop:
         started = time.perf_counter()
         step = self.state.step + 1
         epoch, first, last = self.length.where(step)
-        batches = [self.train.micro_batch(epoch, index) for index in range(first, last)]
-        supervised = sum(batch.supervised_tokens for batch in batches)
+        supervised = self.train.supervised_tokens(epoch, first, last)
+        batches: list[MicroBatch] = []
         lr = learning_rate(
             step, peak=self._peak(), total_steps=self.length.total_steps, warmup=self.warmup,
             shape=self.plan.lr_scheduler,
         )
         loss = grad_norm = None
         if supervised:
-            loss_on_device = self.engine.forward_backward(batches, supervised)
+            loss_on_device = self.engine.forward_backward(self._drawn(epoch, first, last, batches), supervised)
             if not self._checked:
                 self._check_gradients(step)
             norm_on_device = self.engine.optimiser_step(lr)
             loss, grad_norm = torch.stack([loss_on_device.double(), norm_on_device.double()]).tolist()
             self._check_finite(step, loss, grad_norm, batches)
+        else:
+            batches = list(self._drawn(epoch, first, last, []))
+        assert sum(b.supervised_tokens for b in batches) == supervised, "the count the gradients were divided by"
         tokens = sum(batch.real_tokens for batch in batches)
         self.state.step = step
-        self.state.position += len(batches)
+        self.state.position = self.length.position_after(step)
         self.state.tokens += tokens
         row = {
             "step": step, "epoch": round(self.length.epoch_after(step), 6), "loss": loss, "lr": lr,
@@ -155,6 +161,12 @@ class TrainingLoop:
         }
         self.log.step(row, self.length.total_steps)
         self._print(row)
+
+    def _drawn(self, epoch: int, first: int, last: int, kept: list[MicroBatch]) -> Iterator[MicroBatch]:
+        """Builds each micro-batch when the engine asks for it, while the device still works on the one before."""
+        for index in range(first, last):
+            kept.append(self.train.micro_batch(epoch, index))
+            yield kept[-1]
 
     def _peak(self) -> float:
         assert self.plan.learning_rate is not None, "resolved before the loop"

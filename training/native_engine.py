@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -103,7 +103,7 @@ class NativeEngine:
         total = sum(p.numel() for p in self.model.parameters())
         return f"{self._what}: {learning:,} of {total:,} parameters learn in {self.model.dtype}".replace("torch.", "")
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], n_supervised: int) -> torch.Tensor:
+    def forward_backward(self, micro_batches: Iterable[MicroBatch], n_supervised: int) -> torch.Tensor:
         """Adds the gradients of sum(cross-entropy) / n_supervised; nothing here waits for the device."""
         wide = torch.promote_types(self.model.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=self.device)
@@ -135,14 +135,12 @@ class NativeEngine:
         """Returns masters, moments, step counts, and the count of forward passes that dropout masks follow from."""
         return {**self._optimiser.state(), _CALLS: torch.tensor([self.model.dropout_calls])}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores `state()` exactly. Raises ValueError naming what does not fit."""
-        rest = dict(state)
-        if _CALLS not in rest:
+        if _CALLS not in state:
             raise ValueError(f"{_CALLS} is missing")
-        calls = rest.pop(_CALLS)
-        self._optimiser.load_state(rest)
-        self.model.dropout_calls = int(calls.item())
+        self._optimiser.load_state(state, others={_CALLS})
+        self.model.dropout_calls = int(state[_CALLS].item())
 
     def export(self, folder: Path) -> None:
         """Makes `folder` with the adapter in PEFT's format, or the trained tensors, rounded once from the masters."""

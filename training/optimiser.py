@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -102,16 +102,25 @@ class MasterAdamW:
         return state
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restores what `state()` gave. Raises ValueError naming missing, unexpected or misshapen entries."""
+    def load_state(self, state: Mapping[str, torch.Tensor], others: Collection[str] = ()) -> None:
+        """Restores what `state()` gave.
+
+        Args:
+            state: name -> tensor; may read from a file, one tensor at a time.
+            others: names in it that belong to somebody else.
+
+        Raises:
+            ValueError: entries are missing, unexpected or misshapen; they are named, and nothing was changed.
+        """
         mine = self.state()
         wrong = [f"{name} is missing" for name in mine if name not in state]
-        wrong += [f"{name} is unexpected" for name in state if name not in mine]
-        wrong += [
-            f"{name} is {list(state[name].shape)} {state[name].dtype}, expected {list(own.shape)} {own.dtype}"
-            for name, own in mine.items()
-            if name in state and (state[name].shape != own.shape or state[name].dtype != own.dtype)
-        ]
+        wrong += [f"{name} is unexpected" for name in state if name not in mine and name not in others]
+        for name, own in mine.items():
+            if name in state:
+                seen = state[name]
+                if seen.shape != own.shape or seen.dtype != own.dtype:
+                    expected = f"expected {list(own.shape)} {own.dtype}"
+                    wrong.append(f"{name} is {list(seen.shape)} {seen.dtype}, {expected}")
         if wrong:
             raise ValueError("; ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""))
         for name, own in mine.items():

@@ -29,12 +29,16 @@ class RunLength:
         first = inside * self.grad_accum_steps
         return epoch, first, min(first + self.grad_accum_steps, self.micro_batches_per_epoch)
 
+    def position_after(self, step: int) -> int:
+        """Returns the micro-batches consumed by `step` steps, over all epochs: the position in the data."""
+        if step == 0:
+            return 0
+        epoch, _, last = self.where(step)
+        return epoch * self.micro_batches_per_epoch + last
+
     def epoch_after(self, step: int) -> float:
         """Returns the passes over the data done after `step` steps, as a fraction; 0 before the first."""
-        if step == 0:
-            return 0.0
-        epoch, _, last = self.where(step)
-        return epoch + last / self.micro_batches_per_epoch
+        return self.position_after(step) / self.micro_batches_per_epoch
 
 
 def run_length(

@@ -35,7 +35,7 @@ from sparktune.training.native_engine import NativeEngine
 from sparktune.training.packing import PackPlan
 from sparktune.training.runs import Request, open_request, open_run
 from sparktune.training.samples import sample_prompts, stop_ids
-from sparktune.training.schedule import run_length
+from sparktune.training.schedule import run_length, tenth
 from sparktune.training.stop import StopRequest
 
 __all__ = ["run_session"]
@@ -69,6 +69,9 @@ def run_session(flags: Mapping[str, Any], config: Path | None, env: Mapping[str,
             _keep_traceback(log)
         return _refuse(events, str(error), error.exit_code)
     except KeyboardInterrupt:
+        if not stop.aborted:
+            text = "Stopped as you asked, before the first step: nothing was trained yet. Start it again."
+            return _refuse(events, text, ExitCode.STOPPED)
         return _refuse(events, "Aborted; the last checkpoint is still good.", ExitCode.INTERRUPTED)
     except (torch.OutOfMemoryError, MemoryError) as error:
         where = _keep_traceback(log)
@@ -246,12 +249,20 @@ def _run(
     engine = NativeEngine.build(plan, spec, model_dir, device)
     plan = plan.model_copy(update={"kernels": engine.reasons})
     save_plan(plan, run.plan)
+    length = run_length(len(train), plan.gradient_accumulation or 1, plan.num_epochs, plan.max_steps)
+    size = sum(t.numel() * t.element_size() for t in engine.state().values())
+    saves = length.total_steps // tenth(plan.save_steps, length.total_steps) + 1
+    checkpoints.check_room(run.root, size, plan.keep_checkpoints, saves)
     if checkpoint is not None:
+        if state.position != length.position_after(state.step):
+            raise SparktuneError(
+                f"{checkpoint} stands at micro-batch {state.position} of the data, but step {state.step} of this plan "
+                f"is micro-batch {length.position_after(state.step)}. The data changed; start a new run."
+            )
         engine.load_state(checkpoints.load_engine_state(checkpoint))
         checkpoints.restore_rng(checkpoint)
     reset_peak(device)
     metrics = MetricsLog(run, state, events, tensorboard=plan.tensorboard, say=events.message)
-    length = run_length(len(train), plan.gradient_accumulation or 1, plan.num_epochs, plan.max_steps)
     events.message(
         f"{length.total_steps} steps ({length.steps_per_epoch} an epoch), {engine.describe()}, seed {plan.seed}."
     )

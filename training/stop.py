@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-from sparktune.setup.plan.errors import StoppedResumable
-
 __all__ = ["StopRequest"]
 
 
@@ -20,6 +18,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         """A signal has come; the loop stops after the step in progress."""
+        self.aborted = False
+        """A second signal has come."""
         self.looping = False
         """The loop runs and looks at `requested` itself."""
 
@@ -29,9 +29,8 @@ class StopRequest:
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self.requested:
-            raise KeyboardInterrupt(f"second signal ({name})")
+        # KeyboardInterrupt, because nothing that handles errors of rows or files may take it for one of those.
+        self.aborted = self.requested
         self.requested = True
-        if not self.looping:
-            raise StoppedResumable(f"Stopped by {name} before the first step; nothing was trained yet. Start it again.")
+        if self.aborted or not self.looping:
+            raise KeyboardInterrupt(signal.Signals(number).name)

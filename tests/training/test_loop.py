@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class ToyEngine:
             named.append(("nobody.lora_A.weight", torch.nn.Parameter(torch.ones(2, 2))))
         self.optimiser = MasterAdamW(named, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], n_supervised: int) -> torch.Tensor:
+    def forward_backward(self, micro_batches: Iterable[MicroBatch], n_supervised: int) -> torch.Tensor:
         total = torch.zeros(())
         for batch in micro_batches:
             loss = self._sum(batch) / n_supervised
@@ -71,7 +71,7 @@ class ToyEngine:
     def state(self) -> dict[str, torch.Tensor]:
         return self.optimiser.state()
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         self.optimiser.load_state(state)
 
     def export(self, folder: Path) -> None:
@@ -98,6 +98,9 @@ class ToyBatches:
             ids=ids, position_ids=torch.arange(len(ids)), cu_seqlens=bounds, cu_seqlens_cpu=bounds,
             max_seqlen=len(ids), supervised_rows=rows, targets=ids[rows + 1], examples=(example,), real_tokens=len(ids),
         )
+
+    def supervised_tokens(self, epoch: int, first: int, last: int) -> int:
+        return sum(self.micro_batch(epoch, index).supervised_tokens for index in range(first, last))
 
     def lines(self, micro_batch: MicroBatch) -> list[int]:
         return [example + 1 for example in micro_batch.examples]

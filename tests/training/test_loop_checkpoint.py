@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,23 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     cp.restore_rng(path)
     assert torch.equal(torch.rand(4), expected)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_stored_tensors_are_a_mapping_that_reads_on_demand(tmp_path: Path) -> None:
+    stored = cp.load_engine_state(save(tmp_path, 1))
+    assert set(stored) == set(engine_state())
+    assert len(stored) == len(engine_state())
+    assert "nobody" not in stored
+    with pytest.raises(KeyError):
+        stored["nobody"]
+
+
+def test_a_run_whose_checkpoints_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    cp.check_room(tmp_path, free // 4, keep=2, saves=10)
+    with pytest.raises(PreflightError, match=r"3 checkpoints of .* pass --keep-checkpoints 1"):
+        cp.check_room(tmp_path, free // 2, keep=2, saves=10)
+    cp.check_room(tmp_path, free // 2, keep=2, saves=1)
 
 
 def names() -> list[str]:

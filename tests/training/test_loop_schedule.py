@@ -54,6 +54,7 @@ def test_an_epoch_serves_everything_once_and_no_step_crosses_its_end(n: int, acc
         epoch, first, last = length.where(step)
         assert 0 < last - first <= accumulate
         served += [(epoch, index) for index in range(first, last)]
+        assert length.position_after(step) == len(served)
     assert served == [(e, i) for e in range(epochs) for i in range(n)]
     assert length.epoch_after(length.total_steps) == epochs
 
