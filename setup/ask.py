@@ -20,10 +20,17 @@ __all__ = ["BACK", "Asker", "Option", "PlainAsker", "TerminalAsker"]
 
 BACK = "\0back"
 """What a question returns when the user wants the one before."""
+_POINTER = 6
+"""Columns that the list's pointer and margin take."""
 Option = tuple[str, str]
 """(value, what is shown)."""
 Check = Callable[[str], str | None]
 """Takes a typed text and returns what is wrong with it, or None."""
+
+
+def _cut(text: str, width: int) -> str:
+    """Returns what fits into one line: a list whose lines wrap cannot be read."""
+    return text if len(text) <= width else text[: max(width - 1, 1)] + "…"
 
 
 class Asker(Protocol):
@@ -57,7 +64,8 @@ class TerminalAsker:
 
     def choose(self, question: str, options: Sequence[Option], default: str | None, back: bool) -> str:
         """Shows the options as a list; see `Asker`."""
-        choices = [questionary.Choice(shown, value=value) for value, shown in options]
+        width = self._io["output"].get_size().columns - _POINTER
+        choices = [questionary.Choice(_cut(shown, width), value=value) for value, shown in options]
         if back:
             choices.append(questionary.Choice(strings.BACK, value=BACK))
         first = default if default in {c.value for c in choices} else choices[0].value

@@ -199,12 +199,15 @@ class Wizard:
 
     def _reason(self, name: str) -> str:
         found = [r for r in self.recommendations if r.field == name]
-        return strings.RECOMMENDED.format(reason=found[0].reason) if found else ""
+        if not found:
+            return ""
+        return strings.RECOMMENDED.format(value=show_value(found[0].value), reason=found[0].reason)
 
     def _choose(self, name: str, question: str, words: Mapping[str, str], plan: Plan, back: bool) -> str:
-        reason = self._reason(name)
+        if reason := self._reason(name):
+            self.asker.tell(reason)
         recommended = next((str(r.value) for r in self.recommendations if r.field == name), None)
-        options: list[Option] = [(v, t + (f" ({reason})" if v == recommended else "")) for v, t in words.items()]
+        options: list[Option] = [(v, t + (f" {strings.MARKED}" if v == recommended else "")) for v, t in words.items()]
         return self.asker.choose(question, options, str(self._default(name, plan)), back)
 
     def _ask_model(self, plan: Plan, back: bool) -> str:
@@ -253,7 +256,7 @@ class Wizard:
         about = " ".join((Plan.model_fields[name].description or "").split())
         question = questions.get(name, f"{flag_of(name)}: {about}")
         if reason := self._reason(name):
-            question += f" ({reason})"
+            self.asker.tell(reason)
         words = _literals(name)
         current = self._default(name, plan)
         if words is not None:
@@ -285,7 +288,10 @@ class Wizard:
             for name in names:
                 value = getattr(plan, name)
                 shown = strings.OPEN_NAME if name == "name" and value is None else show_value(value)
-                why = self._reason(name) if plan.origins[name] == "recommendation" else plan.origins[name]
+                why: str = plan.origins[name]
+                if why == "recommendation":
+                    why = next(r.reason for r in self.recommendations if r.field == name)
+                why = strings.ANSWERED if name in self._given else why
                 options.append((name, f"{flag_of(name):<{width}}  {shown}  ({why})"))
             picked = self.asker.choose(strings.ASK_REVIEW, options, _RUN, back=False)
             if picked == _QUIT:
