@@ -6,7 +6,6 @@ Legend: T tokens, N documents, HK key heads, HV value heads, K and V their dims,
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,6 +20,7 @@ from sparktune.kernels.gated_delta_rule.triton import (
     prepare_backward_kernel,
     wy_gradients_kernel,
 )
+from sparktune.kernels.tables import document_table
 from sparktune.kernels.varlen_attention.triton import reduce_heads_kernel
 
 __all__ = [
@@ -78,10 +78,6 @@ def _capability(tensor: torch.Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
 
 
-_TABLES: OrderedDict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
-_TABLES_KEPT = 32
-
-
 def chunk_tables(boundaries: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists the chunks of every document, and the documents.
 
@@ -93,24 +89,20 @@ def chunk_tables(boundaries: tuple[int, ...], device: torch.device) -> tuple[tor
         int32 [NC, 2]: first token, document's end; int32 [N, 3]: begin, end, first chunk. Kept by value of the
         arguments: every layer of a micro-batch reads the same tables.
     """
-    key = (boundaries, device)
-    found = _TABLES.get(key)
-    if found is not None:
-        _TABLES.move_to_end(key)
-        return found
-    chunks: list[tuple[int, int]] = []
-    documents: list[tuple[int, int, int]] = []
+    chunks = document_table(("chunks",), boundaries, device, _chunks, width=2, block=CHUNK)
+    return chunks, document_table(("documents of chunks",), boundaries, device, _documents, width=3, block=None)
+
+
+def _chunks(boundaries: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [(start, end) for begin, end in itertools.pairwise(boundaries) for start in range(begin, end, CHUNK)]
+
+
+def _documents(boundaries: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    documents, first = [], 0
     for begin, end in itertools.pairwise(boundaries):
-        documents.append((begin, end, len(chunks)))
-        chunks.extend((start, end) for start in range(begin, end, CHUNK))
-    host = [torch.tensor(rows, dtype=torch.int32) for rows in (chunks, documents)]
-    if device.type == "cuda":
-        host = [rows.pin_memory() for rows in host]
-    tables = (host[0].to(device, non_blocking=True), host[1].to(device, non_blocking=True))
-    _TABLES[key] = tables
-    while len(_TABLES) > _TABLES_KEPT:
-        _TABLES.popitem(last=False)
-    return tables
+        documents.append((begin, end, first))
+        first += -(-(end - begin) // CHUNK)
+    return documents
 
 
 def _check(

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
 
+from sparktune.kernels.tables import document_table
 from sparktune.kernels.varlen_attention.triton import (
     attention_dkv_kernel,
     attention_dq_kernel,
@@ -82,10 +82,6 @@ def _capability(tensor: torch.Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
 
 
-_TILES: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
-_TILES_KEPT = 64
-
-
 def document_tiles(boundaries: tuple[int, ...], block: int, device: torch.device, *, of_keys: bool) -> torch.Tensor:
     """Lists one tile per `block` tokens of every document, the costliest first.
 
@@ -100,23 +96,14 @@ def document_tiles(boundaries: tuple[int, ...], block: int, device: torch.device
         int32 [tiles, 3]: first token, document's begin, document's end. Kept by value of the arguments: every layer of
         a micro-batch reads the same table.
     """
-    key = (boundaries, block, device, of_keys)
-    found = _TILES.get(key)
-    if found is not None:
-        _TILES.move_to_end(key)
-        return found
-    spans = itertools.pairwise(boundaries)
-    rows = [(start, begin, end) for begin, end in spans for start in range(begin, end, block)]
-    # Long programs first, so that a grid's last ones are short and no multiprocessor waits for a straggler.
-    rows.sort(key=lambda row: row[0] - row[2] if of_keys else row[1] - row[0])
-    host = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    tiles = host.to(device, non_blocking=True)
-    _TILES[key] = tiles
-    while len(_TILES) > _TILES_KEPT:
-        _TILES.popitem(last=False)
-    return tiles
+
+    def rows(boundaries: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        spans = itertools.pairwise(boundaries)
+        tiles = [(start, begin, end) for begin, end in spans for start in range(begin, end, block)]
+        # Long programs first, so that a grid's last ones are short and no multiprocessor waits for a straggler.
+        return sorted(tiles, key=lambda tile: tile[0] - tile[2] if of_keys else tile[1] - tile[0])
+
+    return document_table(("attention", block, of_keys), boundaries, device, rows, width=3, block=block)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, boundaries: tuple[int, ...], window: int | None) -> None:
