@@ -18,7 +18,9 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     config = AutoConfig.from_pretrained(folder)
     # A nested text config keeps the dtype of its file and wins over from_pretrained's argument.

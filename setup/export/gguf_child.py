@@ -195,7 +195,7 @@ def load_into(model: Any, file: _Gguf, checkpoint: _Checkpoint) -> None:
             left.append(key)
             continue
         values = from_gguf(file.rows(name), neutral, file.arch, checkpoint.text)
-        parameter.data.copy_(torch.from_numpy(np.ascontiguousarray(values)).reshape(parameter.shape))
+        parameter.data.copy_(torch.from_numpy(np.array(values, order="C")).reshape(parameter.shape))
     if left:
         raise SystemExit(f"The GGUF holds no tensor for {', '.join(left[:5])}; the file does not fit this model.")
 

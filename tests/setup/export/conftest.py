@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Tiny matrices: more threads only wait for each other, here and in every process these tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 from sparktune.setup.demo_model import make_model
 
+torch.set_num_threads(1)
 MakeAdapter = Callable[..., Path]
 
 

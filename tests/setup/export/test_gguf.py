@@ -16,11 +16,12 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
-from sparktune.setup.export import evaluate, llama_cpp
+from sparktune.setup.export import evaluate, gguf_child, llama_cpp
 from sparktune.setup.export.convert_demo import demo_objection
 from sparktune.setup.export.evaluate import Prompt, gguf_answer, model_answers
 from sparktune.setup.export.evaluate import main as evaluate_main
-from sparktune.setup.export.gguf import check_types, export_gguf, main, read_manifest
+from sparktune.setup.export.generate import load
+from sparktune.setup.export.gguf import _Export, check_types, export_gguf, main, read_manifest
 from sparktune.setup.export.gguf_checks import check_file, judge, needed_bytes
 from sparktune.setup.export.gguf_map import from_gguf, to_gguf
 from sparktune.setup.export.merge import main as merge_main
@@ -195,14 +196,14 @@ def test_the_result_folder_has_a_card_with_the_commands(run: Path, output: Path)
 
 
 def test_evaluate_asks_base_merged_and_gguf(run: Path, output: Path) -> None:
-    (run / "samples.jsonl").write_text('{"step": 0, "prompt": "What is 5 + 5?", "answer": "x"}\n')
-    assert evaluate_main(["--run", str(run)]) == 0
+    stale = '{"stage": "after", "prompt": "old", "answer": "of an earlier evaluation"}\n'
+    (run / "samples.jsonl").write_text('{"step": 0, "prompt": "What is 5 + 5?", "answer": "x"}\n' + stale)
     assert evaluate_main(["--run", str(run)]) == 0
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [(r.get("stage"), r.get("source")) for r in rows] == [
         (None, None), ("before", "base"), ("after", "merged"), ("after", "gguf q8_0")]
     assert {r["prompt"] for r in rows} == {"What is 5 + 5?"}
-    assert rows[1]["answer"] != rows[2]["answer"], "the adapter of this test changes everything"
+    assert all(isinstance(r["answer"], str) for r in rows)
 
 
 def test_the_bf16_files_weights_answer_as_the_merged_model(run: Path, output: Path) -> None:
@@ -212,6 +213,19 @@ def test_the_bf16_files_weights_answer_as_the_merged_model(run: Path, output: Pa
     assert gguf_answer(file, output / "demo-run", prompts, "cpu", NullEvents()) == want
     assert all(want)
     assert len(set(want)) == 2
+
+
+def test_reading_back_fills_every_parameter_of_the_model(run: Path, output: Path) -> None:
+    merged = output / "demo-run"
+    model, _ = load(merged, "cpu")
+    want = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    file = gguf_child._Gguf(output / "demo-run-gguf" / "demo-run-BF16.gguf")
+    gguf_child.load_into(model, file, gguf_child._Checkpoint(merged))
+    for name, parameter in model.named_parameters():
+        # 1 + w in float32 keeps w to 2^-24; log(exp(w)) to a few places more
+        torch.testing.assert_close(parameter.detach(), want[name], rtol=1e-6, atol=2e-7, msg=name)
 
 
 # -- other layouts
@@ -228,11 +242,34 @@ def copied(base: Path, folder: Path, change: dict[str, Any], keep_mtp: bool) -> 
     return folder
 
 
-@pytest.mark.parametrize(("declared", "keep_mtp"), [(1, False), (0, True)])
-def test_a_head_that_is_only_declared_or_only_there_is_left_out(
-    tiny_base_untied: Path, tmp_path: Path, declared: int, keep_mtp: bool
+def test_the_converter_gets_the_head_only_where_tensors_and_declaration_agree(
+    tiny_base_untied: Path, tmp_path: Path
 ) -> None:
-    model = copied(tiny_base_untied, tmp_path / "model", {"mtp_num_hidden_layers": declared}, keep_mtp)
+    for declared, keep_mtp, flag in ((1, True, False), (1, False, True), (0, True, True), (0, False, True)):
+        name = f"{declared}-{keep_mtp}"
+        model = copied(tiny_base_untied, tmp_path / name, {"mtp_num_hidden_layers": declared}, keep_mtp)
+        command = _Export(model, tmp_path, tmp_path, NullEvents()).arguments(tmp_path / "x", "q8_0", "m")
+        assert ("--no-mtp" in command) is flag, name
+        assert "sparktune.setup.export.convert_demo" in command
+
+
+def test_three_value_heads_a_key_head_and_a_head_that_is_only_declared(tiny_base_untied: Path, tmp_path: Path) -> None:
+    # 27B has 3 value heads for each key head; with the tiny model's 2 x 2 an order and its inverse are the same
+    model = copied(tiny_base_untied, tmp_path / "model", {"linear_num_value_heads": 6}, False)
+    tensors, generator = load_file(model / "model.safetensors"), torch.Generator().manual_seed(3)
+    grown = {"in_proj_qkv.weight": (640, 256), "in_proj_z.weight": (384, 256), "in_proj_a.weight": (6, 256),
+             "in_proj_b.weight": (6, 256), "out_proj.weight": (256, 384), "conv1d.weight": (640, 1, 4), "A_log": (6,),
+             "dt_bias": (6,)}
+    for name in tensors:
+        if ".linear_attn." in name and (shape := grown.get(name.partition(".linear_attn.")[2])):
+            tensors[name] = torch.randn(shape, generator=generator).to(torch.bfloat16)
+    save_file(tensors, model / "model.safetensors")
+    text = json.loads((model / "config.json").read_text())["text_config"]
+    z = np.arange(384 * 2, dtype=np.float32).reshape(384, 2)
+    got = to_gguf(z, "model.layers.0.linear_attn.in_proj_z.weight", "qwen35", text)[::64, 0] / 128
+    assert got.tolist() == [0, 3, 1, 4, 2, 5], "value heads 0-2 belong to key head 0, 3-5 to key head 1"
+    back = from_gguf(to_gguf(z, ".linear_attn.in_proj_z.", "qwen35", text), ".linear_attn.in_proj_z.", "qwen35", text)
+    assert np.array_equal(back, z)
     manifest = export_gguf(model, tmp_path / "out", ["q8_0"], "m", NullEvents())
     checks = manifest["files"][0]["checks"]
     assert (checks["block_count"], checks["nextn_predict_layers"], manifest["source"]["mtp"]) == (4, 0, False)
