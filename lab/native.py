@@ -13,7 +13,7 @@ from sparktune.setup.plan.schema import Plan
 from sparktune.training.batch import IGNORE_INDEX, MicroBatch
 from sparktune.training.native_engine import NativeEngine
 
-__all__ = ["build_engine", "micro_batches"]
+__all__ = ["build_engine", "documents_row", "micro_batches"]
 
 
 def build_engine(folder: Path, *, rank: int, full: bool, recompute: str, dtype: str = "bfloat16",
@@ -28,10 +28,11 @@ def build_engine(folder: Path, *, rank: int, full: bool, recompute: str, dtype: 
 
 def micro_batches(lengths: list[int], supervised: float, accum: int, device: torch.device) -> list[MicroBatch]:
     """Returns `accum` micro-batches of documents of these lengths, the tokens that the peers get."""
-    return [_row(random_documents(lengths, supervised, seed=7 + i)).to(device) for i in range(accum)]
+    return [documents_row(random_documents(lengths, supervised, seed=7 + i)).to(device) for i in range(accum)]
 
 
-def _row(documents: list[tuple[torch.Tensor, torch.Tensor]]) -> MicroBatch:
+def documents_row(documents: list[tuple[torch.Tensor, torch.Tensor]]) -> MicroBatch:
+    """Returns the documents, (ids, labels) each, end to end as one micro-batch."""
     lengths = torch.tensor([len(ids) for ids, _ in documents])
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).to(torch.int32)))
     shifted = torch.cat([torch.cat((labels[1:], labels.new_full((1,), IGNORE_INDEX))) for _, labels in documents])

@@ -12,6 +12,7 @@ from sparktune.setup.plan.models import adapter_base, is_adapter_folder
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.training.adapters import LoraConfig, attach_lora, load_adapter, save_adapter
 from sparktune.training.batch import MicroBatch
+from sparktune.training.graphs import TowerGraphs
 from sparktune.training.model import TextTower, build_model, export_weights, load_weights, train_everything
 from sparktune.training.optimiser import MasterAdamW
 
@@ -43,6 +44,9 @@ class NativeEngine:
             learning, betas=(plan.adam_beta1, plan.adam_beta2), eps=plan.adam_eps, weight_decay=plan.weight_decay,
             max_grad_norm=plan.max_grad_norm,
         )
+        self.graphs = TowerGraphs(model, [p for _, p in learning], plan.lora_dropout)
+        # A graph adds to gradients at fixed addresses.
+        self._optimiser.keep_gradients = not self.graphs.objection
         model.train()
 
     @classmethod
@@ -109,10 +113,21 @@ class NativeEngine:
         total = torch.zeros((), dtype=wide, device=self.device)
         for batch in micro_batches:
             if batch.supervised_tokens:
-                loss = self.model.loss_sum(batch.to(self.device)) / n_supervised
-                loss.backward()
-                total += loss.detach()
+                total += self._pass(batch.to(self.device), n_supervised)
         return total
+
+    def _pass(self, batch: MicroBatch, n_supervised: int) -> torch.Tensor:
+        """One micro-batch: adds its gradients, returns its share of the loss."""
+        graph = self.graphs.find(batch)
+        if graph is None:
+            loss = self.model.loss_sum(batch) / n_supervised
+            loss.backward()
+            return loss.detach()
+        hidden = graph.forward(batch).detach().requires_grad_()
+        loss = self.model.head_loss(hidden, batch) / n_supervised
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        graph.backward(gradient)
+        return loss.detach()
 
     def optimiser_step(self, learning_rate: float) -> torch.Tensor:
         """Clips, steps and zeroes the gradients; returns their norm before clipping."""

@@ -31,6 +31,8 @@ class MasterAdamW:
         weight_decay: float, max_grad_norm: float,
     ) -> None:
         self.max_grad_norm = max_grad_norm
+        self.keep_gradients = False
+        """Zero gradients in place instead of dropping them."""
         self._masters: dict[str, nn.Parameter] = {}
         self._rounded: list[tuple[nn.Parameter, nn.Parameter]] = []
         for name, parameter in named_parameters:
@@ -78,7 +80,7 @@ class MasterAdamW:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        self._adamw.zero_grad(set_to_none=not self.keep_gradients)
         self._round()
         return norm
 

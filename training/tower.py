@@ -227,7 +227,11 @@ class TextTower(nn.Module):
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Returns the sum of the cross-entropy over the supervised rows: 0-d float32 (float64 in float64)."""
-        return self.ops.linear_cross_entropy(self(batch), self.head_weight, batch.supervised_rows, batch.targets)
+        return self.head_loss(self(batch), batch)
+
+    def head_loss(self, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """Returns the sum of the cross-entropy of hidden states [T, H] that `forward` gave for `batch`."""
+        return self.ops.linear_cross_entropy(hidden, self.head_weight, batch.supervised_rows, batch.targets)
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """Returns all logits [T, V]; for tests and short texts, never for training."""
