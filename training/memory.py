@@ -7,17 +7,18 @@ import resource
 import shutil
 import sys
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from sparktune.setup.plan.schema import Machine
+from sparktune.setup.plan.memory import longest_row_tokens, predict_peak
+from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
+from sparktune.training.tower import RecomputePolicy
 
 __all__ = ["available_gib", "choose_recompute", "is_unified", "measure_machine", "peak_gib", "reset_peak"]
 
 GIB = 2**30
-Recompute = Literal["auto", "none", "norms", "layer", "all"]
-Policy = Literal["none", "norms", "layer", "all"]
+_POLICIES: tuple[RecomputePolicy, ...] = ("none", "norms", "layer", "all")
+_SHARE = 0.8
 
 
 def _host_available_bytes() -> int:
@@ -80,10 +81,27 @@ def measure_machine(device: torch.device) -> Machine:
     )
 
 
-def choose_recompute(asked: Recompute, device: torch.device) -> tuple[Policy, str]:
-    """Returns the recompute policy and the reason for it."""
-    if asked != "auto":
-        return asked, "as asked for"
-    if device.type == "cpu":
+def choose_recompute(
+    plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine
+) -> tuple[RecomputePolicy, str]:
+    """Returns the recompute policy and the reason for it.
+
+    On a GPU `auto` takes the policy that computes least again and whose estimated peak leaves a fifth of the memory
+    free: the estimate is not calibrated yet, and a GB10 that runs out takes the whole machine with it.
+
+    Args:
+        plan: complete but for `recompute`.
+        spec: the model's shape.
+        report: the data's report.
+        machine: as measured; `memory_gib` is what is free.
+    """
+    if plan.recompute != "auto":
+        return plan.recompute, "as asked for"
+    if machine.device == "cpu":
         return "none", "a CPU has memory to spare and no cycles"
-    return "layer", "keeps one activation per layer, which fits every budget that fits the weights"
+    tokens, longest = longest_row_tokens(plan, report), min(report.lengths.max, plan.max_seq_length)
+    for policy in _POLICIES:
+        peak = predict_peak(plan, spec, machine, tokens=tokens, longest=longest, policy=policy).total_gib
+        if peak <= machine.memory_gib * _SHARE:
+            return policy, f"about {peak:.1f} of {machine.memory_gib:.1f} GiB (estimate); it recomputes least"
+    return _POLICIES[-1], f"no policy leaves a fifth of {machine.memory_gib:.1f} GiB free; this one needs least"

@@ -166,7 +166,7 @@ def _decide(plan: Plan, spec: ModelSpec, data: PreparedData, device: torch.devic
     for item in found:
         events.choice(item.field, str(item.value), f"{item.reason}; {item.source}")
     plan = apply(plan, found)
-    policy, reason = choose_recompute(plan.recompute, device)
+    policy, reason = choose_recompute(plan, spec, data.report, measure_machine(device))
     if plan.recompute == "auto":
         events.choice("recompute", policy, reason)
     return plan.model_copy(update={
@@ -238,13 +238,14 @@ def _run(
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes nothing here
     torch.manual_seed(plan.seed)
     checkpoint, state = _resume_point(request, plan, run, data, events)
+    pad = device.type == "cuda"  # kernels and graphs are made once a length; a CPU would only compute more
     train = PackPlan(
         data.train, pack=plan.pack, pack_length=plan.pack_length, per_device_batch_size=plan.per_device_batch_size,
-        seed=plan.seed,
+        seed=plan.seed, pad=pad,
     )
     held_out = None
     if data.evaluation is not None:
-        held_out = PackPlan(data.evaluation, pack=plan.pack, pack_length=plan.pack_length, shuffle=False)
+        held_out = PackPlan(data.evaluation, pack=plan.pack, pack_length=plan.pack_length, shuffle=False, pad=pad)
     events.message(train.describe())
     engine = NativeEngine.build(plan, spec, model_dir, device)
     plan = plan.model_copy(update={"kernels": engine.reasons})

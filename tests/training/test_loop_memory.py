@@ -1,0 +1,58 @@
+"""What training measures of memory, and the recompute policy it follows from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparktune.setup.plan.memory import predict_peak
+from sparktune.setup.plan.models import CATALOGUE, spec_from_config
+from sparktune.setup.plan.schema import DatasetReport, LengthStats, Machine, Plan
+from sparktune.training.memory import available_gib, choose_recompute, measure_machine, peak_gib
+
+LENGTHS = LengthStats(
+    count=100, total=50_000, mean=500, p50=400, p90=900, p99=1500, max=2000, histogram_edges=[], histogram_counts=[],
+)
+REPORT = DatasetReport(
+    path="x", sha256="", bytes=0, rows=100, kept=100, train_examples=100, eval_examples=0, formats={}, dropped={},
+    problems=[], lengths=LENGTHS, supervised_tokens=1, supervised_share=1.0, multi_turn=0, with_system=0,
+    with_thinking=0, duplicates=0, eval_leaks=0, packing={}, cache_key="",
+)
+SPEC = spec_from_config(CATALOGUE["Qwen/Qwen3.5-2B"], "Qwen/Qwen3.5-2B")
+PLAN = Plan(mode="lora", lora_r=16, pack_length=8192, dtype="bfloat16")
+
+
+def gpu(memory_gib: float) -> Machine:
+    return Machine(device="cuda", memory_gib=memory_gib, cpu_cores=4, disk_free_gib=100)
+
+
+def test_a_cpu_keeps_everything_and_a_wish_is_obeyed() -> None:
+    assert choose_recompute(PLAN, SPEC, REPORT, measure_machine(torch.device("cpu")))[0] == "none"
+    wish = PLAN.model_copy(update={"recompute": "all"})
+    assert choose_recompute(wish, SPEC, REPORT, gpu(1000)) == ("all", "as asked for")
+
+
+def test_a_gpu_recomputes_as_little_as_fits_in_four_fifths() -> None:
+    peaks = {
+        policy: predict_peak(PLAN, SPEC, gpu(1), tokens=8192, longest=2000, policy=policy).total_gib
+        for policy in ("none", "norms", "layer", "all")
+    }
+    assert peaks["none"] > peaks["norms"] > peaks["layer"]
+    for policy in ("none", "norms", "layer"):
+        chosen, reason = choose_recompute(PLAN, SPEC, REPORT, gpu(peaks[policy] / 0.8 + 1e-6))
+        assert chosen == policy
+        assert f"{peaks[policy]:.1f}" in reason
+    assert choose_recompute(PLAN, SPEC, REPORT, gpu(0.5))[0] == "all"
+
+
+def test_what_is_measured_is_what_the_system_says() -> None:
+    cpu = torch.device("cpu")
+    before = peak_gib(cpu)
+    block = torch.ones(80 * 2**20 // 4)
+    assert peak_gib(cpu) >= before
+    assert peak_gib(cpu) > 0.1
+    del block
+    assert 0 < available_gib(cpu) < 10_000
+    machine = measure_machine(cpu)
+    assert machine.device == "cpu"
+    assert machine.memory_gib == pytest.approx(available_gib(cpu), rel=0.2)
