@@ -47,9 +47,10 @@ if behaviour.get("loop"):
     signal.signal(signal.SIGINT, handler)
     emit("progress", phase=stage, done=1, total=10, unit="steps")
     (control.parent / "ready").touch()
-    while not stopped:
+    deadline = time.monotonic() + 90
+    while not stopped and time.monotonic() < deadline:
         time.sleep(0.02)
-    sys.exit(75)
+    sys.exit(75 if stopped else 99)
 emit("progress", phase=stage, done=10, total=10, unit="steps")
 if behaviour.get("error"):
     emit("message", level="error", text=behaviour["error"])
@@ -353,15 +354,18 @@ def test_signals(plan: Plan, tmp_path: Path, loop: str, signals: list[int], code
         [sys.executable, "-P", "-c", DRIVER, str(Path(__file__).parent), str(tmp_path), loop],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ready").exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    for number in signals:
-        os.kill(process.pid, number)
-        time.sleep(0.5)
-    said = process.communicate(timeout=30)[1]
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for number in signals:
+            os.kill(process.pid, number)
+            time.sleep(0.5)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == code, said
     assert "resume" in said
     state = RunState(RunDir.from_root(plan.results / "one", plan.output))
