@@ -43,19 +43,22 @@ class Corpus:
 
 
 # A model that starts from random weights needs ten times the learning rate of one that was pre-trained. Twenty passes
-# over fifty sums end at a loss of 0.006; every one of ten seeds then answered all fifty (see tests/setup/test_demo.py
-# for the fast version of that run).
+# over fifty sums end at a loss under 0.02 with answers right since step 27. Real text is beyond an adapter on random
+# embeddings (evaluation loss 7.8 after 31k tokens, whatever the rate and rank: word frequencies); full fine-tuning
+# goes below that and shows the other method. A GGUF of each type is made and answers for its own weights.
 CORPORA = (
     Corpus(
-        name="smoke", about="fifty sums, to be known by heart", write=write_smoke,
-        settings={"learning_rate": 3e-3, "num_epochs": 20.0, "eval_split": 0.0, "sample_steps": 40,
-                  "sample_prompts": ["What is 5 + 5?", "What is 17 + 17?"], "gguf": ["bf16", "q8_0"]},
+        name="smoke", about="fifty sums, to be known by heart (LoRA)", write=write_smoke,
+        settings={"mode": "lora", "learning_rate": 3e-3, "num_epochs": 20.0, "eval_split": 0.0, "save_steps": 60,
+                  "sample_steps": 30, "sample_prompts": ["What is 5 + 5?", "What is 17 + 17?"], "gguf": ["q8_0"]},
         expected={"What is 5 + 5?": "5 + 5 = 10.", "What is 17 + 17?": "17 + 17 = 34."},
     ),
     Corpus(
-        name="stdlib", about="questions on the standard library, from its docstrings", write=write_stdlib,
-        settings={"learning_rate": 3e-3, "max_steps": 80, "sample_steps": 40,
-                  "sample_prompts": ["What does `os.path.join` do?"], "gguf": ["q8_0"]},
+        name="stdlib", about="questions on the standard library, from its docstrings (full fine-tuning)",
+        write=write_stdlib,
+        settings={"mode": "full", "learning_rate": 3e-3, "max_steps": 200, "pack_length": 512,
+                  "gradient_accumulation": 1, "eval_steps": 100, "save_steps": 100, "sample_steps": 100,
+                  "sample_prompts": ["What does `os.path.join` do?"], "gguf": ["bf16"]},
         expected={},
     ),
 )
@@ -109,7 +112,7 @@ def run_demo(
 
 def plan_for(plan: Plan, corpus: Corpus, model: Path, data: Path, name: str) -> Plan:
     """Returns the plan of one demo run: the demo's settings over `plan`, the rest left open for the recommendations."""
-    values = {"model": str(model), "data": data, "name": name, "mode": "lora", "backend": "local", "device": "cpu",
+    values = {"model": str(model), "data": data, "name": name, "backend": "local", "device": "cpu",
               **corpus.settings}
     origins: dict[str, Origin] = {**plan.origins, **dict.fromkeys(values, "config")}
     return Plan.model_validate({**plan.model_dump(), **values, "origins": origins})
@@ -175,5 +178,5 @@ def _answers_table(outcome: dict[str, Any]) -> Table:
         table.add_column(name, overflow="fold")
     for question, answers in outcome["answers"].items():
         for source, answer in answers.items():
-            table.add_row(escape(question), escape(source), escape(answer))
+            table.add_row(escape(question), escape(source), escape(answer.strip() or "(an empty answer)"))
     return table

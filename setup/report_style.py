@@ -93,6 +93,9 @@ PAGE = """<!doctype html>
 </div>
 
 {% if facts.samples %}
+{% macro answer_text(text) %}
+{% if text.strip() %}<pre>{{ text }}</pre>{% else %}<span class="none">an empty answer</span>{% endif %}
+{% endmacro %}
 <section id="samples">
 <h2>Before and after</h2>
 {% for sample in facts.samples %}
@@ -100,18 +103,18 @@ PAGE = """<!doctype html>
 <p>{{ sample.prompt }}</p>
 <div class="grid2">
 <div><h3>Before{% if sample.before %}: {{ sample.before[0] }}{% endif %}</h3>
-{% if sample.before %}<pre>{{ sample.before[1] }}</pre>{% else %}<span class="none">not asked</span>{% endif %}</div>
+{% if sample.before %}{{ answer_text(sample.before[1]) }}{% else %}<span class="none">not asked</span>{% endif %}</div>
 <div><h3>After{% if sample.after %}: {{ sample.after[0] }}{% endif %}</h3>
-{% if sample.after %}<pre>{{ sample.after[1] }}</pre>{% else %}<span class="none">not asked</span>{% endif %}
+{% if sample.after %}{{ answer_text(sample.after[1]) }}{% else %}<span class="none">not asked</span>{% endif %}
 {% for who, answer in sample.others %}
 {% if answer == sample.after[1] %}<p class="dim gap">{{ who }}: the same answer</p>
-{% else %}<h3 class="gap">{{ who }}</h3><pre>{{ answer }}</pre>{% endif %}
+{% else %}<h3 class="gap">{{ who }}</h3>{{ answer_text(answer) }}{% endif %}
 {% endfor %}
 </div>
 </div>
 {% if sample.between %}
 <details><summary>{{ sample.between | length }} answer{{ "s" if sample.between | length > 1 }} during training</summary>
-{% for when, answer in sample.between %}<h3 class="gap">{{ when }}</h3><pre>{{ answer }}</pre>{% endfor %}
+{% for when, answer in sample.between %}<h3 class="gap">{{ when }}</h3>{{ answer_text(answer) }}{% endfor %}
 </details>
 {% endif %}
 </div>

@@ -65,7 +65,7 @@ def run(tmp_path: Path) -> RunDir:
     asked = f"What is 5 + 5? {HOSTILE}"
     _lines(run.samples, [
         *({"step": s, "prompt": asked, "answer": a} for s, a in ((0, "x"), (30, "5 + 5 = 9."), (60, "5 + 5 = 8."))),
-        *({"step": s, "prompt": "only in training", "answer": a} for s, a in ((0, "zero"), (30, "mid"), (60, "end"))),
+        *({"step": s, "prompt": "only in training", "answer": a} for s, a in ((0, "zero"), (30, " "), (60, "end"))),
         {"stage": "before", "prompt": asked, "answer": HOSTILE, "source": "base"},
         {"stage": "after", "prompt": asked, "answer": "5 + 5 = 10.", "source": "merged"},
         {"stage": "after", "prompt": asked, "answer": "5 + 5 = 10.", "source": "gguf bf16"},
@@ -122,8 +122,8 @@ def test_a_finished_run(run: RunDir) -> None:
     assert page.count("svg") == 6  # loss, rate, throughput, memory, gradient norm, lengths
     for words in (
         "After: merged 5 + 5 = 10.", "gguf bf16: the same answer", "gguf q8_0 5 + 5 = 11.", "5 + 5 = 9.",
-        "3 answers during training", "Before: step 0 zero", "After: step 60 end", "perplexity", "3.25",
-        "1,024 (this run)", "93.0 %", "over_length", "op rms_norm", "no GPU here", "from: flag",
+        "3 answers during training", "step 30 an empty answer", "Before: step 0 zero", "After: step 60 end",
+        "perplexity", "3.25", "1,024 (this run)", "93.0 %", "over_length", "op rms_norm", "no GPU here", "from: flag",
         "./run.sh --non-interactive", "2 min 41 s", "transformers", "lora-1-q8_0.gguf", "pack 1,024", "cut 12,000",
         "complete",
     ):
