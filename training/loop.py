@@ -117,7 +117,7 @@ class TrainingLoop:
         while self.state.step < self.length.total_steps and not self._out_of_patience():
             self._step()
             self._after_step()
-        if self._out_of_patience():
+        if self._out_of_patience() and self.state.step < self.length.total_steps:
             self.say(
                 f"Early stopping: no lower evaluation loss for {self.state.evals_without_gain} evaluations; "
                 f"the lowest was {self.state.best_eval_loss:.4f} at step {self.state.best_step}."
