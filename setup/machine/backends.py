@@ -125,7 +125,8 @@ def local_python(root: Path) -> str:
 def chat_process(model: Path) -> int:
     """Talks to the model in `model` on this terminal, in a process that has torch. Returns its exit code."""
     argv = [local_python(program_root()), "-P", "-m", "sparktune.setup.chat", "--model", str(model)]
-    return subprocess.run(argv, env=LocalBackend.environment(), check=False).returncode
+    code = subprocess.run(argv, env=LocalBackend.environment(), check=False).returncode
+    return 128 - code if code < 0 else code
 
 
 class LocalBackend:
