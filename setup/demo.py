@@ -95,7 +95,7 @@ def run_demo(
             rows = corpus.write(data)
         console.print(escape(f"{data}: {rows:,} rows, {corpus.about}"), highlight=False, soft_wrap=True)
         asked = plan_for(plan, corpus, model, data, f"demo-{corpus.name}-{stamp}")
-        code = run_pipeline(asked, console=console, plain=plain)
+        code = run_pipeline(asked, console=console, plain=plain, card=not json_out)
         if code != ExitCode.OK:
             return code
         outcomes.append(verdict(_run_of(asked), corpus))
