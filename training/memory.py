@@ -10,15 +10,19 @@ from pathlib import Path
 
 import torch
 
-from sparktune.setup.plan.memory import longest_row_tokens, predict_peak
+from sparktune.setup.plan.memory import cheapest_policy
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 from sparktune.training.tower import RecomputePolicy
 
-__all__ = ["available_gib", "choose_recompute", "is_unified", "measure_machine", "peak_gib", "reset_peak"]
+__all__ = [
+    "available_gib", "choose_recompute", "is_unified", "measure_machine", "peak_gib", "reserve_gib",
+    "reset_peak",
+]
 
 GIB = 2**30
-_POLICIES: tuple[RecomputePolicy, ...] = ("none", "norms", "layer", "all")
-_SHARE = 0.8
+RESERVE_SHARE = 0.05
+RESERVE_LEAST_GIB = 4.0
+"""Left to the system on unified memory: a GB10 that runs out takes the whole machine with it, not one process."""
 
 
 def _host_available_bytes() -> int:
@@ -44,13 +48,25 @@ def is_unified(device: torch.device) -> bool:
 def available_gib(device: torch.device) -> float:
     """Measures what a training process on `device` may still take, in GiB.
 
-    A discrete GPU reports its own free memory; on the CPU and on unified memory the host's MemAvailable counts, since
-    the page cache can be given back.
+    A discrete GPU reports its own free memory, and what our allocator has cached of it counts as free too. On the CPU
+    and on unified memory the host's MemAvailable counts, since the page cache can be given back; on unified memory
+    less `reserve_gib`.
     """
-    if device.type == "cuda" and not is_unified(device):
-        free, _ = torch.cuda.mem_get_info(device)
-        return free / GIB
-    return _host_available_bytes() / GIB
+    if device.type != "cuda":
+        return _host_available_bytes() / GIB
+    free, total = torch.cuda.mem_get_info(device)
+    if not is_unified(device):
+        return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / GIB
+    return max(0.0, _host_available_bytes() / GIB - reserve_gib(total / GIB))
+
+
+def reserve_gib(total_gib: float) -> float:
+    """Returns what a training process leaves to the system where it shares its memory, in GiB.
+
+    Args:
+        total_gib: memory of the machine.
+    """
+    return max(RESERVE_LEAST_GIB, RESERVE_SHARE * total_gib)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -86,22 +102,19 @@ def choose_recompute(
 ) -> tuple[RecomputePolicy, str]:
     """Returns the recompute policy and the reason for it.
 
-    On a GPU `auto` takes the policy that computes least again and whose estimated peak leaves a fifth of the memory
-    free: the estimate is not calibrated yet, and a GB10 that runs out takes the whole machine with it.
+    On a GPU `auto` takes the policy that computes least again and whose estimated peak fits in what is free.
 
     Args:
         plan: complete but for `recompute`.
         spec: the model's shape.
         report: the data's report.
-        machine: as measured; `memory_gib` is what is free.
+        machine: as measured; `memory_gib` is what is free, the reserve already taken off.
     """
     if plan.recompute != "auto":
         return plan.recompute, "as asked for"
     if machine.device == "cpu":
         return "none", "a CPU has memory to spare and no cycles"
-    tokens, longest = longest_row_tokens(plan, report), min(report.lengths.max, plan.max_seq_length)
-    for policy in _POLICIES:
-        peak = predict_peak(plan, spec, machine, tokens=tokens, longest=longest, policy=policy).total_gib
-        if peak <= machine.memory_gib * _SHARE:
-            return policy, f"about {peak:.1f} of {machine.memory_gib:.1f} GiB (estimate); it recomputes least"
-    return _POLICIES[-1], f"no policy leaves a fifth of {machine.memory_gib:.1f} GiB free; this one needs least"
+    chosen, tried = cheapest_policy(plan, spec, report, machine)
+    peaks = ", ".join(f"{estimate.policy} {estimate.total_gib:.1f}" for estimate in tried)
+    verdict = "computes least again of what fits" if chosen.total_gib <= machine.memory_gib else "no policy fits"
+    return chosen.policy, f"estimated peaks in GiB: {peaks}; {machine.memory_gib:.1f} are free: {verdict}"

@@ -1,18 +1,20 @@
 """The only predictor of a training run's peak memory: pure arithmetic over the plan and the model's shape.
 
-An ESTIMATE until it is calibrated against measured peaks; every message that quotes it says so. The peak is
-
-    weights + trained state + kept activations + the largest working set of one moment + runtime
+    peak = weights + trained state + kept activations + the largest working set of one moment + workspaces + runtime
 
 with, per parameter, e bytes of the compute type (bfloat16 2, float32 4, float64 8):
 
     weights        e for each frozen parameter; 4-bit base: 0.516 for projections (NF4, double quantisation), e for the
                    rest, and one dequantised projection among the working set
-    LoRA state     4 + 4 + 8 (fp32 master, gradient, AdamW moments), and e for a compute copy where e is not 4
-    full state     as LoRA's; with 8-bit moments e (stochastically rounded weights) + e (gradient) + 2
-    activations    per token and layer, see `_layer_floats`; `norms` drops what a norm or silu * up can give again,
-                   `layer` keeps a layer's input only, and `all` only every k-th of those, k = sqrt(layers)
-    working set    one layer's activations while it is computed again; the head: a chunk of logits, three times
+    LoRA state     4 + 8 (fp32 master, AdamW moments) + 4 (gradient, once several micro-batches add up)
+    full state     as LoRA's, beside e for the weight; with 8-bit moments e (gradient) + 2
+    activations    on a GPU in bfloat16: setup/plan/activations.py, tensor by tensor as the fused kernels keep them
+    and working    elsewhere (the CPU's references): `_layer_floats`, coarse, never calibrated
+    workspaces     cuBLAS's: one for the forward's thread, one for the backward's
+    graphs         LoRA with little recomputed replays as CUDA graphs: the head's memory and the tower's no longer share
+    runtime        what the allocator does not count: context, kernels, the allocator's fragments
+
+`allocator_gib` is what torch.cuda.max_memory_allocated reports at the end of a step; lab/memory_sweep.py compares.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from sparktune.setup.plan.activations import Step, step_bytes
 from sparktune.setup.plan.errors import MemoryBudgetError
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 
 __all__ = [
-    "ADAPTED", "HEAD_CHUNK_ROWS", "PeakEstimate", "adapter_parameters", "check_fits", "longest_row_tokens",
-    "predict_peak", "projection_shapes",
+    "ADAPTED", "HEAD_CHUNK_ROWS", "PeakEstimate", "adapter_parameters", "cheapest_policy", "check_fits",
+    "longest_row_tokens", "predict_peak", "projection_shapes",
 ]
 
 GIB = 2**30
@@ -35,7 +38,7 @@ Policy = Literal["none", "norms", "layer", "all"]
 _POLICIES: tuple[Policy, ...] = ("none", "norms", "layer", "all")
 
 HEAD_CHUNK_ROWS = 1024
-"""Supervised rows whose logits exist at once."""
+"""Supervised rows whose logits exist at once, for the references."""
 ADAPTED = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj_qkv", "in_proj_z", "out_proj",
 )
@@ -43,6 +46,8 @@ ADAPTED = (
 
 _NF4_BYTES = 0.516
 _GDN_CHUNK = 64
+# torch/aten/src/ATen/cuda/CublasHandlePool.cpp: 8,519,680 bytes a handle and stream, 32 MiB from Hopper on.
+_CUBLAS_WORKSPACE = {False: 8_519_680, True: 32 * 2**20}
 # An allocator's slack and the process itself: torch with its libraries holds about 0.4 GiB of host memory before the
 # first tensor; a CUDA context about as much of the device's. Estimates.
 _RUNTIME_GIB = 0.45
@@ -59,24 +64,35 @@ class PeakEstimate:
     """Tokens of the largest micro-batch."""
     weights_gib: float
     trained_gib: float
-    """Masters, gradients and optimiser moments."""
+    """Masters, optimiser moments, and gradients where several micro-batches add up."""
     activations_gib: float
     """Kept from forward to backward."""
     working_gib: float
     """The largest set that exists for a moment."""
+    workspace_gib: float
+    """cuBLAS's workspaces."""
+    graphs_gib: float
+    """What CUDA graphs of the tower cost beyond that: a pool of their own and gradients of their own."""
     runtime_gib: float
+    """What the process needs beside its tensors."""
+
+    @property
+    def allocator_gib(self) -> float:
+        """The predicted peak of PyTorch's allocator on a GPU, passes run eagerly."""
+        return self.weights_gib + self.trained_gib + self.activations_gib + self.working_gib + self.workspace_gib
 
     @property
     def total_gib(self) -> float:
-        """The predicted peak."""
-        return self.weights_gib + self.trained_gib + self.activations_gib + self.working_gib + self.runtime_gib
+        """The predicted peak of the process."""
+        return self.allocator_gib + self.graphs_gib + self.runtime_gib
 
     def describe(self) -> str:
         """Returns the sum in one line."""
         return (
             f"estimate {self.total_gib:.1f} GiB = weights {self.weights_gib:.1f} + trained state {self.trained_gib:.1f}"
             f" + activations {self.activations_gib:.1f} ({self.tokens} tokens, recompute {self.policy})"
-            f" + working set {self.working_gib:.1f} + runtime {self.runtime_gib:.1f}"
+            f" + working set {self.working_gib:.1f} + graphs {self.graphs_gib:.1f}"
+            f" + runtime {self.workspace_gib + self.runtime_gib:.1f}"
         )
 
 
@@ -117,7 +133,8 @@ def longest_row_tokens(plan: Plan, report: DatasetReport) -> int:
 
 
 def predict_peak(
-    plan: Plan, spec: ModelSpec, machine: Machine, *, tokens: int, longest: int, policy: Policy | None = None
+    plan: Plan, spec: ModelSpec, machine: Machine, *, tokens: int, longest: int, policy: Policy | None = None,
+    supervised: int | None = None,
 ) -> PeakEstimate:
     """Predicts the peak of one training process. No I/O, no measurement: an estimate.
 
@@ -128,12 +145,48 @@ def predict_peak(
         tokens: tokens of the largest micro-batch.
         longest: the longest document in it.
         policy: recompute policy; left out, the plan's own (auto: none on a CPU, layer on a GPU).
+        supervised: supervised tokens of that micro-batch; all of them when left out, the most there can be.
     """
     policy = policy or _policy_of(plan, machine)
-    fused = machine.device == "cuda"
     e = _compute_bytes(plan, machine)
-    weights, trained = _static_bytes(plan, spec, e)
-    floats = [_layer_floats(spec, kind, plan, fused, longest) for kind in spec.layer_types]
+    weights, trained, gradients = _static_bytes(plan, spec, e)
+    workspace = graphs = 0.0
+    if machine.device == "cuda" and e == 2:
+        several = plan.gradient_accumulation != 1 or plan.optimizer != "adamw"
+        step = _step(plan, machine, tokens, tokens if supervised is None else supervised, several=several)
+        found = step_bytes(spec, policy, step)
+        kept, working = float(found.kept), float(found.peak - found.kept - (found.gradients if several else 0))
+        trained += gradients if several else 0
+        if plan.mode != "full" and plan.lora_dropout == 0 and policy in ("none", "norms"):
+            graphs = float(found.graphed - found.peak)
+        workspace = 2.0 * _CUBLAS_WORKSPACE[(machine.capability or (0, 0))[0] >= 9]
+    else:
+        kept, working = _reference_bytes(plan, spec, tokens, longest, policy, e)
+        trained += gradients
+    if plan.mode == "qlora":
+        working += max(i * o for _, i, o in projection_shapes(spec).values()) * e
+    runtime = _RUNTIME_GIB + _SLACK * (weights + trained + kept + working) / GIB
+    return PeakEstimate(
+        policy=policy, tokens=tokens, weights_gib=weights / GIB, trained_gib=trained / GIB,
+        activations_gib=kept / GIB, working_gib=working / GIB, workspace_gib=workspace / GIB,
+        graphs_gib=graphs / GIB, runtime_gib=runtime,
+    )
+
+
+def _step(plan: Plan, machine: Machine, tokens: int, supervised: int, *, several: bool) -> Step:
+    full = plan.mode == "full"
+    return Step(
+        tokens=tokens, supervised=supervised, full=full, rank=0 if full else (plan.lora_r or 16),
+        targets=frozenset(plan.target_modules or ADAPTED), dropout=plan.lora_dropout > 0,
+        gradients_accumulate=several, split_heads=machine.capability is None or machine.capability[0] == 9,
+    )
+
+
+def _reference_bytes(
+    plan: Plan, spec: ModelSpec, tokens: int, longest: int, policy: Policy, e: int
+) -> tuple[float, float]:
+    """Returns (kept, working set) in bytes where the references compute."""
+    floats = [_layer_floats(spec, kind, plan, longest) for kind in spec.layer_types]
     hidden = spec.hidden_size
     heaviest = max(full for full, _ in floats)
     if policy == "none":
@@ -148,15 +201,24 @@ def predict_peak(
     moment += 2 * hidden + 2 * spec.intermediate_size
     head_rows = min(HEAD_CHUNK_ROWS, tokens)
     head = head_rows * spec.vocab_size * (e + 4 + 4) + 2 * tokens * hidden * e
-    working = max(tokens * moment * e, head)
-    if plan.mode == "qlora":
-        working += max(i * o for _, i, o in projection_shapes(spec).values()) * e
-    dynamic = tokens * kept * e
-    runtime = _RUNTIME_GIB + _SLACK * (weights + trained + dynamic + working) / GIB
-    return PeakEstimate(
-        policy=policy, tokens=tokens, weights_gib=weights / GIB, trained_gib=trained / GIB,
-        activations_gib=dynamic / GIB, working_gib=working / GIB, runtime_gib=runtime,
-    )
+    return tokens * kept * e, max(tokens * moment * e, head)
+
+
+def cheapest_policy(
+    plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine
+) -> tuple[PeakEstimate, list[PeakEstimate]]:
+    """Chooses the recompute policy that computes least again and still fits: none, norms, layer, all.
+
+    Returns:
+        The estimate of the policy chosen (the last, `all`, where none fits) and those of every policy tried.
+    """
+    tokens, longest = longest_row_tokens(plan, report), min(report.lengths.max, plan.max_seq_length)
+    tried = []
+    for policy in _POLICIES:
+        tried.append(predict_peak(plan, spec, machine, tokens=tokens, longest=longest, policy=policy))
+        if tried[-1].total_gib <= machine.memory_gib:
+            break
+    return tried[-1], tried
 
 
 def check_fits(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> PeakEstimate:
@@ -165,8 +227,11 @@ def check_fits(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Mach
     Raises:
         MemoryBudgetError: the estimate exceeds `machine.memory_gib`; the message names changes that would fit.
     """
-    tokens, longest = longest_row_tokens(plan, report), min(report.lengths.max, plan.max_seq_length)
-    estimate = predict_peak(plan, spec, machine, tokens=tokens, longest=longest)
+    if plan.recompute == "auto" and machine.device == "cuda":
+        estimate = cheapest_policy(plan, spec, report, machine)[0]
+    else:
+        tokens, longest = longest_row_tokens(plan, report), min(report.lengths.max, plan.max_seq_length)
+        estimate = predict_peak(plan, spec, machine, tokens=tokens, longest=longest)
     if estimate.total_gib <= machine.memory_gib:
         return estimate
     ways = _ways_out(plan, spec, report, machine)
@@ -186,9 +251,12 @@ def _ways_out(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machi
     def fits(**changes: object) -> bool:
         other = plan.model_copy(update=changes)
         tokens, longest = longest_row_tokens(other, report), min(report.lengths.max, other.max_seq_length)
+        if other.recompute == "auto" and machine.device == "cuda":
+            return cheapest_policy(other, spec, report, machine)[0].total_gib <= machine.memory_gib
         return predict_peak(other, spec, machine, tokens=tokens, longest=longest).total_gib <= machine.memory_gib
 
-    now = _policy_of(plan, machine)
+    # auto has tried every policy already
+    now = "all" if plan.recompute == "auto" and machine.device == "cuda" else _policy_of(plan, machine)
     for policy in _POLICIES[_POLICIES.index(now) + 1 :]:
         if fits(recompute=policy):
             ways.append(f"--recompute {policy}")
@@ -230,26 +298,25 @@ def _compute_bytes(plan: Plan, machine: Machine) -> int:
     return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
 
 
-def _static_bytes(plan: Plan, spec: ModelSpec, e: int) -> tuple[float, float]:
-    """Returns (weights, trained state) in bytes."""
+def _static_bytes(plan: Plan, spec: ModelSpec, e: int) -> tuple[float, float, float]:
+    """Returns (weights, masters and moments, gradients) in bytes; a parameter of 4 or 8 bytes is its own master."""
     if plan.mode == "full":
         if plan.optimizer == "adamw":
-            return spec.parameters * (0 if e == 4 else e), spec.parameters * 16
-        return spec.parameters * e, spec.parameters * (e + 2)
+            return spec.parameters * (0 if e == 4 else e), spec.parameters * 12, spec.parameters * 4
+        return spec.parameters * e, spec.parameters * 2, spec.parameters * e
     adapters = adapter_parameters(spec, plan.lora_r or 16, plan.target_modules)
-    trained = adapters * (16 + (0 if e == 4 else e))
     if plan.mode != "qlora":
-        return spec.parameters * e, trained
+        return spec.parameters * e, adapters * 12, adapters * 4
     quantised = sum(n * i * o for n, i, o in projection_shapes(spec).values())
-    return quantised * _NF4_BYTES + (spec.parameters - quantised) * e, trained
+    return quantised * _NF4_BYTES + (spec.parameters - quantised) * e, adapters * 12, adapters * 4
 
 
-def _layer_floats(spec: ModelSpec, kind: str, plan: Plan, fused: bool, longest: int) -> tuple[float, float]:
-    """Returns (elements kept per token by one layer, those of them that `norms` computes again).
+def _layer_floats(spec: ModelSpec, kind: str, plan: Plan, longest: int) -> tuple[float, float]:
+    """Returns (elements kept per token by one layer of references, those of them that `norms` computes again).
 
-    A projection keeps its input; a norm its input; the mixers q, k, v and their output; silu * up both factors.
-    Unfused references keep about twice that (fp32 copies inside norms, masks, intermediate products), attention's
-    also a score for each earlier token of the document and head.
+    A projection keeps its input; a norm its input; the mixers q, k, v and their output; silu * up both factors; the
+    references keep about twice that (fp32 copies inside norms, masks, intermediate products), attention's also a score
+    for each earlier token of the document and head.
     """
     hidden, ffn = spec.hidden_size, spec.intermediate_size
     norms = 2 * hidden + ffn  # two normed inputs, and silu(gate) * up
@@ -261,14 +328,11 @@ def _layer_floats(spec: ModelSpec, kind: str, plan: Plan, fused: bool, longest: 
         # qkv before and after the convolution, z, the rule's output and its gated norm; per chunk one state a head.
         state = spec.gdn_value_heads * spec.gdn_key_dim * spec.gdn_value_dim / _GDN_CHUNK
         mixer = 2 * (2 * keys + values) + 3 * values + state
-        again, adapters = values, 7
-        extra = 2 * state if not fused else 0.0
+        again, extra = values, 2 * state
     else:
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         gate = 2 * q if spec.attention_gate else 0
         mixer = 3 * q + 3 * kv + gate
-        again, adapters = q + kv, 7
-        window = min(longest, spec.sliding_window or longest)
-        extra = 2.0 * spec.num_heads * window if not fused else 0.0
-    full = 2 * hidden + mixer + mlp + adapters * rank  # the mixer's half: the stream and its norm
-    return (full if fused else 2 * full + extra), float(norms + again)
+        again, extra = q + kv, 2.0 * spec.num_heads * min(longest, spec.sliding_window or longest)
+    full = 2 * hidden + mixer + mlp + 7 * rank  # the mixer's half: the stream and its norm
+    return 2 * full + extra, float(norms + again)

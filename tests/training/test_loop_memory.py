@@ -8,7 +8,7 @@ import torch
 from sparktune.setup.plan.memory import predict_peak
 from sparktune.setup.plan.models import CATALOGUE, spec_from_config
 from sparktune.setup.plan.schema import DatasetReport, LengthStats, Machine, Plan
-from sparktune.training.memory import available_gib, choose_recompute, measure_machine, peak_gib
+from sparktune.training.memory import available_gib, choose_recompute, measure_machine, peak_gib, reserve_gib
 
 LENGTHS = LengthStats(
     count=100, total=50_000, mean=500, p50=400, p90=900, p99=1500, max=2000, histogram_edges=[], histogram_counts=[],
@@ -32,17 +32,24 @@ def test_a_cpu_keeps_everything_and_a_wish_is_obeyed() -> None:
     assert choose_recompute(wish, SPEC, REPORT, gpu(1000)) == ("all", "as asked for")
 
 
-def test_a_gpu_recomputes_as_little_as_fits_in_four_fifths() -> None:
+def test_a_gpu_recomputes_as_little_as_fits() -> None:
     peaks = {
         policy: predict_peak(PLAN, SPEC, gpu(1), tokens=8192, longest=2000, policy=policy).total_gib
         for policy in ("none", "norms", "layer", "all")
     }
-    assert peaks["none"] > peaks["norms"] > peaks["layer"]
-    for policy in ("none", "norms", "layer"):
-        chosen, reason = choose_recompute(PLAN, SPEC, REPORT, gpu(peaks[policy] / 0.8 + 1e-6))
+    assert peaks["none"] > peaks["norms"] > peaks["layer"] > peaks["all"]
+    for policy in ("none", "norms", "layer", "all"):
+        chosen, reason = choose_recompute(PLAN, SPEC, REPORT, gpu(peaks[policy] + 1e-6))
         assert chosen == policy
-        assert f"{peaks[policy]:.1f}" in reason
+        assert f"{policy} {peaks[policy]:.1f}" in reason
+        assert "computes least again" in reason
     assert choose_recompute(PLAN, SPEC, REPORT, gpu(0.5))[0] == "all"
+    assert "no policy fits" in choose_recompute(PLAN, SPEC, REPORT, gpu(0.5))[1]
+
+
+def test_unified_memory_keeps_a_reserve() -> None:
+    assert reserve_gib(120) == pytest.approx(6.0)
+    assert reserve_gib(16) == 4.0
 
 
 def test_what_is_measured_is_what_the_system_says() -> None:

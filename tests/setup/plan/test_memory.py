@@ -1,0 +1,118 @@
+"""The memory planner against the real engine's allocations, and against what a GPU measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparktune.lab.memory_trace import trace_step
+from sparktune.setup.plan.activations import Step, allocated, step_bytes
+from sparktune.setup.plan.errors import MemoryBudgetError
+from sparktune.setup.plan.memory import ADAPTED, adapter_parameters, cheapest_policy, check_fits, predict_peak
+from sparktune.setup.plan.models import CATALOGUE, spec_from_config
+from sparktune.setup.plan.schema import DatasetReport, LengthStats, Machine, ModelSpec, Plan
+
+H200 = Machine(device="cuda", gpu_name="NVIDIA H200", capability=(9, 0), memory_gib=139.0, cpu_cores=16,
+               disk_free_gib=100)
+TOKENS = 384
+SUPERVISED = 0.35
+
+
+def small(**changes: object) -> ModelSpec:
+    """A hybrid of four layers whose tensors a CPU makes in a moment."""
+    fields: dict[str, object] = {
+        "source": "small", "model_type": "qwen3_5_text", "native": True, "vocab_size": 4096, "hidden_size": 256,
+        "intermediate_size": 768, "num_layers": 4, "num_heads": 4, "num_kv_heads": 1, "head_dim": 64,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"], "tie_word_embeddings": True, "norm_eps": 1e-6,
+        "zero_centred_norm": True, "qk_norm": True, "attention_gate": True, "rope_theta": 1e7, "rope_dim": 16,
+        "gdn_key_heads": 8, "gdn_value_heads": 8, "gdn_key_dim": 32, "gdn_value_dim": 32, "gdn_conv_kernel": 4,
+        "max_position_embeddings": 1024, "parameters": 1, **changes,
+    }
+    return ModelSpec(**fields)
+
+
+DENSE = small(layer_types=["full_attention"] * 4, attention_gate=False, model_type="qwen3")
+GROUPED = small(gdn_value_heads=16, tie_word_embeddings=False, vocab_size=16384)
+
+
+@pytest.mark.parametrize(
+    ("spec", "mode", "policy", "accum", "capability"),
+    [
+        (small(), "lora", "none", 2, (9, 0)),
+        (small(), "lora", "norms", 2, (9, 0)),
+        (small(), "lora", "layer", 2, (12, 1)),
+        (small(num_layers=8, layer_types=["linear_attention"] * 8), "lora", "all", 2, (9, 0)),
+        (small(), "lora", "norms", 1, (9, 0)),
+        (small(), "full", "norms", 2, (9, 0)),
+        (DENSE, "lora", "none", 2, (12, 1)),
+        (DENSE, "full", "layer", 2, (9, 0)),
+        (GROUPED, "lora", "norms", 2, (9, 0)),
+        (GROUPED, "full", "none", 1, (9, 0)),
+    ],
+)
+def test_the_formula_is_what_the_engine_allocates(
+    spec: ModelSpec, mode: str, policy: str, accum: int, capability: tuple[int, int]
+) -> None:
+    rank = 16
+    plan = Plan(mode=mode, lora_r=rank, recompute=policy)
+    traced = trace_step(spec, plan, [TOKENS], supervised=SUPERVISED, accum=accum, capability=capability)
+    step = Step(
+        tokens=TOKENS, supervised=TOKENS - int(TOKENS * (1 - SUPERVISED)), full=mode == "full",
+        rank=0 if mode == "full" else rank, targets=frozenset(ADAPTED), dropout=False,
+        gradients_accumulate=accum > 1, split_heads=capability[0] == 9,
+    )
+    learning = traced.weights // 2 if mode == "full" else adapter_parameters(spec, rank)
+    predicted = traced.weights + 12 * learning + step_bytes(spec, policy, step).peak
+    assert predicted == pytest.approx(traced.peak, rel=0.02)
+    assert predicted > 0.985 * traced.peak
+
+
+def test_a_measured_peak() -> None:
+    # H200, torch 2.11: LoRA r=128 on all projections of the 2B, one document of 5376 tokens, recompute norms,
+    # accumulation 2, eager passes: max_memory_allocated 14.615 GiB.
+    spec = spec_from_config(CATALOGUE["Qwen/Qwen3.5-2B"], "Qwen/Qwen3.5-2B")
+    plan = Plan(mode="lora", lora_r=128, gradient_accumulation=2, recompute="norms")
+    estimate = predict_peak(plan, spec, H200, tokens=5376, longest=5376, supervised=1882)
+    assert estimate.allocator_gib == pytest.approx(14.615, rel=0.01)
+    assert estimate.total_gib > estimate.allocator_gib + estimate.graphs_gib
+
+
+def test_the_allocator_rounds() -> None:
+    mib = 2**20
+    assert allocated(1) == 512
+    assert allocated(513) == 1024
+    assert allocated(21 * mib) == 22 * mib  # a segment of 22 MiB whose rest is not worth a split
+    assert allocated(20 * mib + 512) == 20 * mib + 512  # the rest, nearly 2 MiB, is split off
+
+
+def _report(longest: int) -> DatasetReport:
+    lengths = LengthStats(count=10, total=10 * longest, mean=longest, p50=longest, p90=longest, p99=longest,
+                          max=longest, histogram_edges=[0, longest], histogram_counts=[10])
+    return DatasetReport(
+        path="x", sha256="", bytes=1, rows=10, kept=10, train_examples=10, eval_examples=0, formats={}, dropped={},
+        problems=[], lengths=lengths, supervised_tokens=1, supervised_share=0.4, multi_turn=0, with_system=0,
+        with_thinking=0, duplicates=0, eval_leaks=0, packing={}, cache_key="",
+    )
+
+
+def test_auto_takes_the_cheapest_policy_that_fits_and_says_what_it_tried() -> None:
+    spec = spec_from_config(CATALOGUE["Qwen/Qwen3.5-2B"], "Qwen/Qwen3.5-2B")
+    plan, report = Plan(mode="lora", lora_r=128, pack_length=16384), _report(4000)
+    wide, tried = cheapest_policy(plan, spec, report, H200)
+    assert wide.policy == "none"
+    assert len(tried) == 1
+    budget = 24.0
+    tight, tried = cheapest_policy(plan, spec, report, H200.model_copy(update={"memory_gib": budget}))
+    assert tight.policy != "none"
+    assert all(estimate.total_gib > budget for estimate in tried[:-1])
+    assert tight.total_gib <= budget
+    assert check_fits(plan, spec, report, H200.model_copy(update={"memory_gib": budget})).policy == tight.policy
+
+
+def test_a_budget_nothing_fits_in_names_what_would() -> None:
+    spec = spec_from_config(CATALOGUE["Qwen/Qwen3.5-2B"], "Qwen/Qwen3.5-2B")
+    little = H200.model_copy(update={"memory_gib": 7.2})
+    with pytest.raises(MemoryBudgetError, match=r"needs about [\d.]+ GiB, but 7\.2 GiB") as caught:
+        check_fits(Plan(mode="lora", lora_r=128, pack_length=16384), spec, _report(4000), little)
+    assert "--pack-length" in str(caught.value)
+    assert "--recompute" not in str(caught.value)  # auto has tried every policy
+    assert caught.value.exit_code == 5
