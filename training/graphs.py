@@ -21,8 +21,9 @@ __all__ = ["GraphedTower", "TowerGraphs", "why_not_graphs"]
 
 WARM_UP = 2
 """Eager passes before the capture: they compile kernels, choose cuBLAS algorithms and fill the tables."""
-DOCUMENTS_PER_TOKEN = 1 / 16
-"""Room for documents in a graph's tables; rows of more and shorter documents run without a graph."""
+TOKENS_PER_DOCUMENT = 256
+"""A graph's tables have room for T / 256 documents, or half again as many as the row it was captured on. A spare row of
+a table costs a program that ends at once, and the delta rule's buffers grow by a chunk."""
 
 
 def why_not_graphs(model: TextTower, trainable: Sequence[nn.Parameter], dropout: float) -> str:
@@ -53,7 +54,8 @@ class GraphedTower:
 
     def __init__(self, model: TextTower, trainable: Sequence[nn.Parameter], example: MicroBatch) -> None:
         self.n_tokens = example.ids.shape[0]
-        self.max_documents = max(len(example.cu_seqlens_cpu) - 1, int(self.n_tokens * DOCUMENTS_PER_TOKEN))
+        documents = len(example.cu_seqlens_cpu) - 1
+        self.max_documents = max(documents + documents // 2, self.n_tokens // TOKENS_PER_DOCUMENT, 8)
         self._tables = StaticTables(self.n_tokens, self.max_documents, model.device)
         self._batch = replace(
             example, ids=example.ids.clone(), position_ids=example.position_ids.clone(),
@@ -125,7 +127,7 @@ class TowerGraphs:
         self._graphs: dict[int, GraphedTower] = {}
 
     def find(self, batch: MicroBatch) -> GraphedTower | None:
-        """Returns the graph that runs `batch`, capturing it when a length comes for the third time; None: run eagerly.
+        """Returns the graph that runs `batch`, captured when its length comes for the third time; None: run eagerly.
 
         The first passes of a length run eagerly: they compile its kernels, and the first step's gradients are checked.
         """
@@ -133,11 +135,14 @@ class TowerGraphs:
             return None
         n_tokens = batch.ids.shape[0]
         graph = self._graphs.get(n_tokens)
-        if graph is not None:
-            return graph if graph.serves(batch) else None
+        if graph is not None and graph.serves(batch):
+            return graph
         self._seen[n_tokens] = self._seen.get(n_tokens, 0) + 1
-        if self._seen[n_tokens] < 3 or len(self._graphs) >= self._most:
+        if self._seen[n_tokens] < 3 or (graph is None and len(self._graphs) >= self._most):
             return None
+        if graph is not None:  # a row of more documents than its tables hold: make room for them
+            graph = None
+            del self._graphs[n_tokens]
         for parameter in self._trainable:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -98,6 +98,8 @@ def chunk_prepare_kernel(
     """
     i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
     t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
+    if t_0 >= eos:  # a spare row of a graph's table
+        return
     R: tl.constexpr = HV // HK
     i_hk = i_h // R
     o_c = tl.arange(0, C)
@@ -225,6 +227,8 @@ def chunk_output_kernel(
     """o = s (e^gamma q S + P n); grid (NC * HV); o [T, HV, V]."""
     i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
     t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
+    if t_0 >= eos:  # a spare row of a graph's table
+        return
     i_hk = i_h // (HV // HK)
     o_c = tl.arange(0, C)
     o_k, o_v = tl.arange(0, K), tl.arange(0, V)
@@ -256,6 +260,8 @@ def prepare_backward_kernel(
     """
     i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
     t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
+    if t_0 >= eos:  # a spare row of a graph's table
+        return
     i_hk = i_h // (HV // HK)
     o_c = tl.arange(0, C)
     o_k, o_v = tl.arange(0, K), tl.arange(0, V)
@@ -295,6 +301,8 @@ def wy_gradients_kernel(
     """
     i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
     t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
+    if t_0 >= eos:  # a spare row of a graph's table
+        return
     i_hk = i_h // (HV // HK)
     o_c, o_v, o_b = tl.arange(0, C), tl.arange(0, V), tl.arange(0, BLK)
     rows = t_0 + o_c
@@ -361,6 +369,8 @@ def chunk_gradients_kernel(
     """
     i_c, i_h = tl.program_id(0) // HV, tl.program_id(0) % HV
     t_0, eos = tl.load(chunks + i_c * 2), tl.load(chunks + i_c * 2 + 1)
+    if t_0 >= eos:  # a spare row of a graph's table
+        return
     i_hk = i_h // (HV // HK)
     o_c, o_k, o_bv = tl.arange(0, C), tl.arange(0, K), tl.arange(0, BV)
     rows = t_0 + o_c

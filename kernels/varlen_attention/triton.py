@@ -63,6 +63,8 @@ def attention_forward_kernel(
     i_t, i_h = tl.program_id(0) // nH, tl.program_id(0) % nH
     m_start = tl.load(tiles + i_t * 3)
     bos, eos = tl.load(tiles + i_t * 3 + 1), tl.load(tiles + i_t * 3 + 2)
+    if m_start >= eos:  # a spare row of a graph's table
+        return
     o_m = m_start + tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, D)
@@ -131,6 +133,8 @@ def attention_dq_kernel(
     i_t, i_h = tl.program_id(0) // nH, tl.program_id(0) % nH
     m_start = tl.load(tiles + i_t * 3)
     bos, eos = tl.load(tiles + i_t * 3 + 1), tl.load(tiles + i_t * 3 + 2)
+    if m_start >= eos:  # a spare row of a graph's table
+        return
     o_m = m_start + tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, D)
@@ -207,6 +211,8 @@ def attention_dkv_kernel(
     i_t, i_s = tl.program_id(0) // NS, tl.program_id(0) % NS
     n_start = tl.load(tiles + i_t * 3)
     eos = tl.load(tiles + i_t * 3 + 2)
+    if n_start >= eos:  # a spare row of a graph's table
+        return
     o_n = n_start + tl.arange(0, BN)
     o_m = tl.arange(0, BM)
     o_d = tl.arange(0, D)
