@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparktune.setup.plan.schema import ModelSpec
 
@@ -68,6 +68,8 @@ class Step:
     """More than one micro-batch a step: in the last one's backward all gradients exist already."""
     split_heads: bool
     """Attention's dk and dv are summed from one fp32 part a query head (Hopper's configuration)."""
+    spare_chunks: int = 0
+    """Chunks of the delta rule that a graph's tables leave room for (training/graphs.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +212,7 @@ def _gdn(b: _Builder, spec: ModelSpec, step: Step) -> Callable[[], None]:
     """Keeps a GDN mixer's tensors; returns its backward."""
     T, HK, HV, K, V = step.tokens, spec.gdn_key_heads, spec.gdn_value_heads, spec.gdn_key_dim, spec.gdn_value_dim
     channels, values = 2 * HK * K + HV * V, HV * V
-    chunks = -(-T // _CHUNK)
+    chunks = -(-T // _CHUNK) + step.spare_chunks
     projections = _Group(spec.hidden_size, {
         "in_proj_qkv": channels, "in_proj_z": values, "in_proj_b": HV, "in_proj_a": HV,
     })
@@ -319,6 +321,10 @@ def step_bytes(spec: ModelSpec, policy: str, step: Step) -> StepBytes:
     """
     kinds = {kind: _layer(spec, kind, step) for kind in dict.fromkeys(spec.layer_types)}
     layers = [kinds[kind] for kind in spec.layer_types]
+    # A document's last chunk may be short; a graph has room for a document every 256 tokens.
+    roomy = replace(step, spare_chunks=max(step.tokens // 256, 8))
+    wider = _layer(spec, "linear_attention", roomy).kept - kinds["linear_attention"].kept \
+        if "linear_attention" in kinds else 0
     stream = allocated(step.tokens * spec.hidden_size * E)
     gradients = sum(layer.gradients for layer in layers)
     head_gradient = FP32 * spec.vocab_size * spec.hidden_size if step.full else 0
@@ -355,7 +361,7 @@ def step_bytes(spec: ModelSpec, policy: str, step: Step) -> StepBytes:
         copies = 3 if spec.tie_word_embeddings and step.gradients_accumulate else 1
         moments.append(everything + copies * allocated(spec.vocab_size * spec.hidden_size * E) + stream)
     # A graph's pool is its own, so the head finds no room in it; hidden states and their gradient stay for good.
-    graphed += max(head_forward, head_backward) + 2 * stream
+    graphed += max(head_forward, head_backward) + 2 * stream + wider * spec.layer_types.count("linear_attention")
     return StepBytes(
         kept=kept_all, gradients=everything, peak=max(moments) + row, graphed=max(graphed, *moments) + row
     )
