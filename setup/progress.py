@@ -107,7 +107,7 @@ class PlainDisplay(_Common):
             phase = "" if event["phase"] == self._stage else f"{event['phase']} "
             self._progress = phase + amount(event["done"], event.get("total"), event["unit"])
         elif event.get("kind") == "metric":
-            self._figures = _metric(event)
+            self._figures = _metric(event) or self._figures  # an evaluation's row has no figures of a step
         now = self._clock()
         if now - self._shown >= _PLAIN_EVERY_S and (self._progress or self._figures):
             self._shown = now
@@ -145,7 +145,7 @@ class LiveDisplay(_Common):
         if self._line_event(event) or self._bars is None or self._task is None:
             return
         if event.get("kind") == "metric":
-            self._figures = _metric(event)
+            self._figures = _metric(event) or self._figures  # an evaluation's row has no figures of a step
             self._bars.update(self._task, figures=self._figures)
         elif event.get("kind") == "progress":
             if event["phase"] != self._phase:
