@@ -1,0 +1,176 @@
+"""`./install.sh`: build the image, test it from inside, say what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sparktune.setup.machine.backends import StopSignals, program_root
+from sparktune.setup.machine.detect import nvidia_gpus
+from sparktune.setup.machine.diagnose import diagnose
+from sparktune.setup.machine.docker_backend import RUN_LABEL
+from sparktune.setup.machine.engine import connect
+from sparktune.setup.machine.image import HASH_LABEL, Flavour, Image, base_digest, ensure_image, load_stack
+from sparktune.setup.machine.image_checks import host_checks
+from sparktune.setup.plan.errors import ExitCode, SparktuneError
+from sparktune.setup.plan.rundir import cache_dir
+from sparktune.setup.progress import make_display
+
+__all__ = ["main", "smoke_test", "uninstall"]
+
+NOT_GPU_TESTED = 75
+_ROLE_LABEL = "org.sparktune.role"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    check: str
+    status: Literal["pass", "fail", "skip"]
+    seconds: float
+    detail: str
+
+
+def smoke_test(client: Any, tag: str, gpu: bool) -> list[Row]:
+    """Runs docker/smoke_test.py in a container of the image, and returns its lines."""
+    from docker.types import DeviceRequest
+
+    devices = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if gpu else None
+    container = client.containers.create(
+        tag, network_mode="none", labels={_ROLE_LABEL: "smoke"}, ipc_mode="host", device_requests=devices,
+        name=f"sparktune-smoke-{os.getpid()}-{time.monotonic_ns()}",
+    )
+    try:
+        container.start()
+        container.wait()
+        text = container.logs(stdout=True, stderr=False).decode("utf-8", "replace")
+        errors = container.logs(stdout=False, stderr=True).decode("utf-8", "replace")
+    finally:
+        container.remove(force=True)
+    rows = [Row(**json.loads(line)) for line in text.splitlines() if line.startswith("{")]
+    if not rows:
+        rows = [Row(check="smoke test", status="fail", seconds=0.0, detail=errors.strip()[-400:] or "it said nothing")]
+    return rows
+
+
+def uninstall(client: Any) -> list[str]:
+    """Removes every image and container that carries our labels, and their records; returns what was removed."""
+    removed = []
+    for label in (RUN_LABEL, _ROLE_LABEL):
+        for container in client.containers.list(all=True, filters={"label": label}):
+            container.remove(force=True)
+            removed.append(f"container {container.name}")
+    for image in client.images.list(filters={"label": HASH_LABEL}):
+        for tag in image.tags:
+            client.images.remove(tag)
+            removed.append(f"image {tag}")
+    folder = cache_dir("images")
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        path.unlink()
+        removed.append(str(path))
+    return removed
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="install.sh", description=(__doc__ or "").split(": ", 1)[1])
+    parser.add_argument("--stack", default="2026.05", help="pinned software stack (default: %(default)s)")
+    parser.add_argument("--baseline", action="store_true", help="the stock stack: no torch.compile, no fast path")
+    parser.add_argument("--rebuild", nargs="?", const="yes", default="no", choices=("yes", "clean", "no"),
+                        help="build although nothing changed; =clean removes it first and reuses no layer")
+    parser.add_argument("--max-jobs", type=int, metavar="N", help="compilers at once (default 4, about 1.5 GiB each)")
+    parser.add_argument("--uninstall", action="store_true", help="remove what this made, and nothing else")
+    parser.add_argument("--json", action="store_true", help="the outcome as JSON on standard output")
+    parser.add_argument("--plain", action="store_true", help="no bars, no colour")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    options = _parse(sys.argv[1:] if argv is None else argv)
+    messages = Console(stderr=True, no_color=True if options.plain else None)
+    try:
+        client = connect()
+        if options.uninstall:
+            for what in uninstall(client):
+                messages.print(escape(f"removed {what}"), highlight=False, soft_wrap=True)
+            return ExitCode.OK
+        return _install(options, client, messages)
+    except SparktuneError as error:
+        messages.print(escape(str(error)), style="bold red", highlight=False, soft_wrap=True)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return int(ExitCode.INTERRUPTED)
+
+
+def _install(options: argparse.Namespace, client: Any, messages: Console) -> int:
+    root, flavour = program_root(), "baseline" if options.baseline else "opt"
+    kind: Flavour = "baseline" if options.baseline else "opt"
+    display = make_display(messages, options.plain)
+    rows, begun = [], time.monotonic()
+    base_here = base_digest(client, load_stack(root, options.stack).base_image)[1] is not None
+    for name, status, detail in host_checks(client, base_is_here=base_here):
+        rows.append(Row(check=name, status=status, seconds=0.0, detail=detail))
+    if any(row.status == "fail" for row in rows):
+        _show(options, rows, None, ExitCode.PREFLIGHT)
+        return int(ExitCode.PREFLIGHT)
+    arguments = {} if options.max_jobs is None else {"MAX_JOBS": str(options.max_jobs)}
+    display.begin("image", 1, 1)
+    with StopSignals() as stop:
+        code = int(ExitCode.FAILURE)
+        try:
+            image = ensure_image(
+                client, root, options.stack, kind, on_event=display.event, rebuild=options.rebuild,
+                build_args=arguments, should_stop=lambda: stop.count > 0,
+            )
+            code = int(ExitCode.OK)
+        finally:
+            display.end("image", time.monotonic() - begun, code)
+    word = "built" if image.built else "already there, nothing changed"
+    rows.append(Row(check=f"image ({flavour})", status="pass", seconds=round(time.monotonic() - begun, 1), detail=word))
+    rows += smoke_test(client, image.tag, bool(nvidia_gpus()))
+    gpu_tested = all(row.status != "skip" or "CUDA device" not in row.detail for row in rows)
+    code = 1 if any(row.status == "fail" for row in rows) else 0 if gpu_tested else NOT_GPU_TESTED
+    _show(options, rows, image, code)
+    for row in rows:
+        for finding in diagnose(row.detail) if row.status == "fail" else []:
+            messages.print(escape(finding.sentence()), highlight=False, soft_wrap=True)
+    return code
+
+
+def _show(options: argparse.Namespace, rows: list[Row], image: Image | None, code: int) -> None:
+    verdict = {
+        0: "Installed: every check passed.", 1: "Not installed: a check failed.",
+        3: "Not built: this machine is not ready.",
+        NOT_GPU_TESTED: "Built, but not tested on a GPU: none is visible here.",
+    }[int(code)]
+    if options.json:
+        facts = None if image is None else {**asdict(image), "log": str(image.log)}
+        print(json.dumps({"code": int(code), "verdict": verdict, "image": facts, "checks": [asdict(r) for r in rows]}))
+        return
+    console = Console(no_color=True if options.plain else None)
+    table = Table(box=None, pad_edge=False)
+    for name in ("check", "result", "seconds", "seen"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(row.check, row.status, f"{row.seconds:.1f}", escape(row.detail))
+    console.print(table)
+    if image is not None:
+        for name, value in (("tag", image.tag), ("also", image.alias), ("image id", image.id), ("base", image.base),
+                            ("build log", image.log)):
+            print(f"{name + ':':11}{value}")
+    print(verdict)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""Runs each stage as a container of the project's image: as the calling user, on the same absolute paths."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sparktune.setup.machine.backends import MODULES, StopSignals, program_root
+from sparktune.setup.machine.detect import nvidia_gpus
+from sparktune.setup.machine.engine import connect, network_for_downloads
+from sparktune.setup.machine.image import ensure_image
+from sparktune.setup.plan.errors import ExitCode, PreflightError
+from sparktune.setup.plan.rundir import RunDir, cache_dir
+from sparktune.setup.plan.schema import Plan
+
+__all__ = ["HUB_FILE", "RUN_LABEL", "DockerBackend", "container_options", "mounts_of", "needs_network"]
+
+RUN_LABEL = "org.sparktune.run"
+STAGE_LABEL = "org.sparktune.stage"
+HUB_FILE = "/run/secrets/hub"
+"""Where a container finds the user's hub token, a read-only file."""
+CHECKOUT = "/opt/sparktune"
+_POLL_S = 0.1
+_STATUS_S = 0.5
+_STOP_S = 60
+_CODE_SIGKILLED = 137
+
+
+def _hub_cache() -> Path:
+    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").absolute()
+
+
+def _token_file() -> Path | None:
+    """Returns the file of the user's hub token; the token itself is never read."""
+    named = os.environ.get("HF_TOKEN_PATH")
+    path = Path(named) if named else _hub_cache() / "token"
+    return path.absolute() if path.is_file() else None
+
+
+def needs_network(stage: str, plan: Plan) -> bool:
+    """Returns whether a stage may download: a model that is a hub id, or the GGUF converter's first use."""
+    if stage == "gguf":
+        folder = cache_dir("llama.cpp")
+        return not (folder.is_dir() and any(p.is_dir() and not p.name.startswith(".") for p in folder.iterdir()))
+    return stage in ("prepare", "train", "merge", "mtp") and not Path(plan.model).expanduser().exists()
+
+
+def mounts_of(run: RunDir, plan: Plan) -> dict[str, str]:
+    """Returns host folder -> mode ("rw" or "ro"); each is mounted where it is, so that a plan's paths stay valid."""
+    written = (run.root, Path(plan.output).absolute(), _hub_cache(), _state_folder(), cache_dir("tokens"),
+               cache_dir("llama.cpp"))
+    found = {str(path): "rw" for path in written}
+    for path in (plan.data, plan.eval_data, Path(plan.model).expanduser()):
+        if path is not None and Path(path).exists():
+            real = Path(path).absolute()
+            folder = real if real.is_dir() else real.parent
+            found.setdefault(str(folder), "ro")
+            if real.is_symlink():
+                found.setdefault(str(real.resolve().parent), "ro")
+    return found
+
+
+def _state_folder() -> Path:
+    """Returns the folder that a container has as home: compiled kernels stay there from run to run."""
+    return cache_dir("home")
+
+
+def container_options(
+    client: Any, stage: str, run: RunDir, plan: Plan, *, gpus: bool, image: str
+) -> dict[str, Any]:
+    """Returns the arguments of `containers.create` for one stage.
+
+    Args:
+        client: the engine.
+        stage: a stage's name.
+        run: its folders.
+        plan: its plan.
+        gpus: give the container every GPU.
+        image: tag of the image.
+    """
+    mounts = mounts_of(run, plan)
+    for folder, mode in mounts.items():
+        if mode == "rw":
+            Path(folder).mkdir(parents=True, exist_ok=True)  # the engine would make it, and root would own it
+    volumes = {folder: {"bind": folder, "mode": mode} for folder, mode in mounts.items()}
+    home, network = _state_folder(), needs_network(stage, plan)
+    environment = {
+        "HOME": str(home), "USER": "sparktune",  # an unknown uid has no name, which breaks getpass
+        "XDG_CACHE_HOME": str(cache_dir("tokens").parent.parent), "HF_HOME": str(_hub_cache()),
+        "TRITON_CACHE_DIR": str(home / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
+        "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+    }
+    if not network:
+        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if token := _token_file():
+        volumes[str(token)] = {"bind": HUB_FILE, "mode": "ro"}
+        environment["HF_TOKEN_PATH"] = HUB_FILE
+    if stage == "train":
+        command = ["python", "-P", f"{CHECKOUT}/train.py", "--config", str(run.plan)]
+    else:
+        command = ["python", "-P", "-m", MODULES[stage], "--run", str(run.root)]
+    options: dict[str, Any] = {
+        "image": image, "command": command, "environment": environment, "volumes": volumes,
+        "name": f"sparktune-{re.sub(r'[^a-zA-Z0-9_.-]', '-', run.name).strip('.-')}-{stage}-{os.getpid()}",
+        "labels": {RUN_LABEL: str(run.root), STAGE_LABEL: stage}, "user": f"{os.getuid()}:{os.getgid()}",
+        # the run folder holds no `specs`, which gcc would read while Triton compiles
+        "working_dir": str(run.root), "ipc_mode": "host", "stdin_open": False, "tty": False,
+        "network_mode": network_for_downloads(client) if network else "none",
+        "ulimits": [{"Name": "memlock", "Soft": -1, "Hard": -1}, {"Name": "stack", "Soft": 67108864, "Hard": 67108864}],
+        "cap_drop": ["ALL"], "security_opt": ["no-new-privileges"],
+    }
+    if gpus:
+        options["device_requests"] = [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]
+    return options
+
+
+class DockerBackend:
+    """Runs each stage as one container. Its output goes to RUN/log.txt, its events through the mounted run folder."""
+
+    name = "docker"
+
+    def __init__(self, plan: Plan, say: Callable[[dict[str, Any]], None] = lambda event: None) -> None:
+        self._client = connect()
+        self._root = program_root()
+        self._plan, self._say = plan, say
+        self._image: str | None = None
+        self._gpus = plan.device != "cpu" and bool(nvidia_gpus())
+
+    def prepare(self, stop: StopSignals) -> str:
+        """Returns the image's tag, building it where an input changed.
+
+        Raises:
+            PreflightError, BuildFailed, Cancelled: see `ensure_image`.
+        """
+        if self._image is None:
+            self._image = ensure_image(
+                self._client, self._root, self._plan.stack, on_event=self._say, should_stop=lambda: stop.count > 0
+            ).tag
+        return self._image
+
+    def run_stage(
+        self, stage: str, run: RunDir, plan: Plan, *, on_poll: Callable[[], None], stop: StopSignals,
+        lock_fd: int | None,
+    ) -> int:
+        """Runs `stage`; see `Backend.run_stage`.
+
+        A container cannot hold the run's lock. A container that an earlier, killed start left behind is told by its
+        label and ended first: whoever holds the lock now owns the run.
+        """
+        image = self.prepare(stop)
+        self._end_leftovers(run)
+        options = container_options(self._client, stage, run, plan, gpus=self._gpus, image=image)
+        with run.log.open("ab") as log:
+            log.write(f"\n==> {stage}: {time.strftime('%Y-%m-%d %H:%M:%S')}, container {options['name']}, "
+                      f"image {image}\n".encode())
+            log.flush()
+            container = self._create(options)
+            try:
+                container.start()
+                writer = threading.Thread(target=_copy_log, args=(container, log), daemon=True)
+                writer.start()
+                code = self._wait(container, on_poll, stop)
+                writer.join(timeout=10)
+                return code
+            finally:
+                with suppress(Exception):  # already gone, or the engine is: nothing is left to remove
+                    container.remove(force=True)
+
+    def _create(self, options: dict[str, Any]) -> Any:
+        from docker.errors import APIError
+        from docker.types import DeviceRequest, Ulimit
+
+        limits = [Ulimit(name=u["Name"], soft=u["Soft"], hard=u["Hard"]) for u in options.pop("ulimits")]
+        devices = [DeviceRequest(count=d["Count"], capabilities=d["Capabilities"])
+                   for d in options.pop("device_requests", [])]
+        try:
+            return self._client.containers.create(**options, ulimits=limits, device_requests=devices or None)
+        except APIError as error:
+            raise PreflightError(
+                f"The engine would not make a container: {error.explanation or error}. "
+                "For GPUs it needs NVIDIA's container toolkit (sudo apt-get install nvidia-container-toolkit)."
+            ) from error
+
+    def _end_leftovers(self, run: RunDir) -> None:
+        for container in self._client.containers.list(all=True, filters={"label": f"{RUN_LABEL}={run.root}"}):
+            self._say({"kind": "message", "level": "warning",
+                       "text": f"A container of an earlier start was still there ({container.name}); ending it."})
+            if container.status == "running":
+                container.stop(timeout=_STOP_S)
+            container.remove(force=True)
+
+    def _wait(self, container: Any, on_poll: Callable[[], None], stop: StopSignals) -> int:
+        from docker.errors import APIError, NotFound
+
+        passed_on, looked = False, 0.0
+        while True:
+            try:
+                if stop.count and not passed_on:
+                    passed_on = True
+                    container.kill(signal="SIGINT")
+                if stop.count > 1:
+                    container.kill(signal="SIGKILL")
+                    return int(ExitCode.INTERRUPTED)
+                if time.monotonic() - looked > _STATUS_S:
+                    looked = time.monotonic()
+                    container.reload()
+                    if container.status in ("exited", "dead"):
+                        return _exit_code(container)
+            except NotFound:
+                return _CODE_SIGKILLED
+            except APIError as error:
+                if error.status_code != 409:  # it ended between the look and the signal
+                    raise
+            except OSError as error:
+                raise PreflightError(
+                    "The Docker engine went away while a stage ran. Start it (sudo systemctl start docker) and resume."
+                ) from error
+            on_poll()
+            time.sleep(_POLL_S)
+
+
+def _exit_code(container: Any) -> int:
+    state = container.attrs["State"]
+    return int(state.get("ExitCode", 1)) if not state.get("OOMKilled") else int(ExitCode.MEMORY)
+
+
+def _copy_log(container: Any, log: Any) -> None:
+    """Copies a container's output until it ends. What the engine's death cuts off is lost with the container."""
+    with suppress(Exception):
+        for chunk in container.logs(stream=True, follow=True, stdout=True, stderr=True):
+            log.write(chunk)
+            log.flush()
