@@ -78,7 +78,13 @@ def _delta_rule(device: torch.device, dtype: torch.dtype, spec: ModelShape) -> s
     for name, size in (("key", spec.gdn_key_dim), ("value", spec.gdn_value_dim)):
         if size not in DELTA_RULE_DIMS:
             return f"GDN {name} heads have {size} dims, the kernels take {DELTA_RULE_DIMS}"
-    return _cannot_multiply(device, dtype)
+    objection = _cannot_multiply(device, dtype)
+    if objection or torch.cuda.get_device_capability(device)[0] != 9:
+        return objection
+    # Triton 3.6 places a wgmma operand outside its shared memory at 64 dims (compute-sanitizer on an H200, 2026-11-22).
+    if (spec.gdn_key_dim, spec.gdn_value_dim) != (128, 128):
+        return f"on Hopper it is verified for head dims of 128, not {spec.gdn_key_dim} and {spec.gdn_value_dim}"
+    return ""
 
 
 def _fla(device: torch.device, dtype: torch.dtype, spec: ModelShape) -> str:

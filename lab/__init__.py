@@ -1,14 +1,14 @@
 """Benches, the lossless rig, negative results. Nothing imports lab.
 
-`python -m lab....` from the repository's root puts the root on sys.path, where our folder `kernels` would shadow the
-Hugging Face package of that name: the root is taken off again here, the one exception to "`__init__` does no work".
+`python -m lab....` works from the repository's root without an installation: the package is found in `src`, and
+importing it takes the root off sys.path again (see sparktune's own docstring).
 """
 
-import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[1]
-sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != _ROOT]
-if str(_ROOT / "src") not in sys.path:
-    sys.path.insert(0, str(_ROOT / "src"))
+_SOURCE = str(Path(__file__).resolve().parents[1] / "src")
+if _SOURCE not in sys.path:
+    sys.path.insert(0, _SOURCE)
+import_module("sparktune")

@@ -27,7 +27,9 @@ class StepTimes:
     step_ms_p50: float
     step_ms_p80: float
     peak_gib: float
-    """Largest allocation of the timed steps, by PyTorch's allocator."""
+    """Largest allocation of the timed steps, by PyTorch's allocator. A CUDA graph's activations are not in it."""
+    reserved_gib: float
+    """Most memory the allocator held, a graph's pool and fragmentation included: the figure to hold against a limit."""
     gpu_busy_ms: float | None = None
     """Union of all kernels' and copies' time in one profiled step."""
     launches: int | None = None
@@ -60,7 +62,8 @@ def measure_steps(variant: str, step: Callable[[], torch.Tensor], tokens: int, *
     times.sort()
     p20, p50, p80 = (times[min(len(times) - 1, int(q * len(times)))] for q in (0.2, 0.5, 0.8))
     row = StepTimes(variant=variant, tok_per_s=tokens / p50 * 1e3, step_ms_p20=p20, step_ms_p50=p50, step_ms_p80=p80,
-                    peak_gib=torch.cuda.max_memory_allocated() / 2**30, losses=[float(x) for x in losses])
+                    peak_gib=torch.cuda.max_memory_allocated() / 2**30,
+                    reserved_gib=torch.cuda.max_memory_reserved() / 2**30, losses=[float(x) for x in losses])
     if profile:
         row.gpu_busy_ms, row.launches, _ = profile_step(step)
     return row

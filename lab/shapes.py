@@ -29,6 +29,8 @@ class Size:
 
 
 SIZES = {
+    # not a Qwen3.5: the smallest model with all of their head dims, for tests on a GPU
+    "tiny": Size(hidden=256, ffn=512, layers=4, heads=2, kv_heads=1, value_heads=32, tied=True),
     "0.8B": Size(hidden=1024, ffn=3584, layers=24, heads=8, kv_heads=2, value_heads=16, tied=True),
     "2B": Size(hidden=2048, ffn=6144, layers=24, heads=8, kv_heads=2, value_heads=16, tied=True),
     "4B": Size(hidden=2560, ffn=9216, layers=32, heads=16, kv_heads=4, value_heads=32, tied=True),

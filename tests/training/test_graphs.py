@@ -10,8 +10,7 @@ import torch
 
 from sparktune.kernels.tables import StaticTables, document_table
 from sparktune.lab.native import build_engine, documents_row
-from sparktune.lab.shapes import random_documents
-from sparktune.setup.demo import make_model
+from sparktune.lab.shapes import make_model, random_documents
 from sparktune.training.batch import MicroBatch
 
 
@@ -42,9 +41,8 @@ def test_a_packing_that_does_not_fit_is_refused(boundaries: tuple[int, ...]) -> 
         StaticTables(10, 3, torch.device("cpu")).refill(boundaries)
 
 
-def test_a_cpu_trains_without_graphs_and_says_why(tmp_path: Path) -> None:
-    engine = build_engine(make_model(tmp_path / "m"), rank=4, full=False, recompute="none", dtype="float32",
-                          device="cpu")
+def test_a_cpu_trains_without_graphs_and_says_why(tiny_model: Path) -> None:
+    engine = build_engine(tiny_model, rank=4, full=False, recompute="none", dtype="float32", device="cpu")
     assert "CUDA" in engine.graphs.objection
     assert engine.graphs.find(row([5, 7], 0)) is None
 
@@ -60,7 +58,7 @@ def row(lengths: list[int], seed: int, vocabulary: int = 1000) -> MicroBatch:
 @pytest.mark.parametrize("recompute", ["none", "norms"])
 def test_one_graph_replays_over_other_packings(tmp_path: Path, recompute: str) -> None:
     """The packings are not those of the capture; the launches are the same."""
-    folder = make_model(tmp_path / "m")
+    folder = make_model(tmp_path / "m", "tiny")
     eager = build_engine(folder, rank=8, full=False, recompute=recompute)
     graphed = build_engine(folder, rank=8, full=False, recompute=recompute)
     for engine in (eager, graphed):
