@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sparktune.setup.build_progress import BuildDisplay
 from sparktune.setup.machine.backends import StopSignals, program_root
 from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.machine.diagnose import diagnose
@@ -24,7 +25,6 @@ from sparktune.setup.machine.image import HASH_LABEL, Flavour, Image, base_diges
 from sparktune.setup.machine.image_checks import host_checks
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
 from sparktune.setup.plan.rundir import cache_dir
-from sparktune.setup.progress import make_display
 
 __all__ = ["main", "smoke_test", "uninstall"]
 
@@ -116,7 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _install(options: argparse.Namespace, client: Any, messages: Console) -> int:
     root, flavour = program_root(), "baseline" if options.baseline else "opt"
     kind: Flavour = "baseline" if options.baseline else "opt"
-    display = make_display(messages, options.plain)
     rows, begun = [], time.monotonic()
     base_here = base_digest(client, load_stack(root, options.stack).base_image)[1] is not None
     for name, status, detail in host_checks(client, base_is_here=base_here):
@@ -125,17 +124,11 @@ def _install(options: argparse.Namespace, client: Any, messages: Console) -> int
         _show(options, rows, None, ExitCode.PREFLIGHT)
         return int(ExitCode.PREFLIGHT)
     arguments = {} if options.max_jobs is None else {"MAX_JOBS": str(options.max_jobs)}
-    display.begin("image", 1, 1)
-    with StopSignals() as stop:
-        code = int(ExitCode.FAILURE)
-        try:
-            image = ensure_image(
-                client, root, options.stack, kind, on_event=display.event, rebuild=options.rebuild,
-                build_args=arguments, should_stop=lambda: stop.count > 0,
-            )
-            code = int(ExitCode.OK)
-        finally:
-            display.end("image", time.monotonic() - begun, code)
+    with StopSignals() as stop, BuildDisplay(messages, options.plain) as display:
+        image = ensure_image(
+            client, root, options.stack, kind, on_event=display.event, rebuild=options.rebuild,
+            build_args=arguments, should_stop=lambda: stop.count > 0,
+        )
     word = "built" if image.built else "already there, nothing changed"
     rows.append(Row(check=f"image ({flavour})", status="pass", seconds=round(time.monotonic() - begun, 1), detail=word))
     rows += smoke_test(client, image.tag, bool(nvidia_gpus()))

@@ -18,9 +18,11 @@ from pathlib import Path
 from rich.console import Console
 
 from sparktune.setup import strings
+from sparktune.setup.build_progress import BuildDisplay
 from sparktune.setup.cards import next_steps, plan_table, report_tables, result_table
-from sparktune.setup.machine.backends import StopSignals, choose_backend
+from sparktune.setup.machine.backends import Backend, StopSignals, choose_backend
 from sparktune.setup.machine.detect import detect_machine
+from sparktune.setup.machine.docker_backend import DockerBackend
 from sparktune.setup.machine.doctor import failures, run_checks
 from sparktune.setup.plan.config import load_plan, save_plan
 from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
@@ -29,7 +31,7 @@ from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.recommend import apply, recommend
 from sparktune.setup.plan.rundir import RunDir, check_run_name
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan, Recommendation
-from sparktune.setup.progress import Display, make_display
+from sparktune.setup.progress import Display, PlainDisplay, make_display
 from sparktune.setup.replay import replay_command
 from sparktune.setup.runstate import RunLock, RunState, fingerprint, outputs_of, stage_input, stages_of
 from sparktune.setup.stages import StageFailed, StageRunner
@@ -73,6 +75,13 @@ def check_name_free(plan: Plan) -> None:
     for path in (run.root, run.merged, run.mtp("trained"), run.mtp("default"), run.gguf):
         if path.exists():
             raise UsageError(strings.NAME_TAKEN.format(name=plan.name, path=path))
+
+
+def _make_ready(backend: Backend, display: Display, stop: StopSignals) -> None:
+    """Builds the image where the stages need one that is not there yet."""
+    if isinstance(backend, DockerBackend):
+        with BuildDisplay(display.console, isinstance(display, PlainDisplay)) as shown:
+            backend.prepare(shown.event, stop)
 
 
 def preflight(plan: Plan, display: Display) -> None:
@@ -126,6 +135,7 @@ def analyse(plan: Plan, display: Display, stop: StopSignals, count: int = 1) -> 
     preflight(plan, display)
     backend, reason = choose_backend(plan)
     display.event({"kind": "choice", "what": "backend", "chosen": backend.name, "reason": reason})
+    _make_ready(backend, display, stop)
     try:
         plan.results.mkdir(parents=True, exist_ok=True)
         _sweep(plan.results)
@@ -275,6 +285,7 @@ def _run_stages(
     plan: Plan, run: RunDir, lock: RunLock, display: Display, stop: StopSignals, only: str | None = None
 ) -> None:
     backend, _ = choose_backend(plan)
+    _make_ready(backend, display, stop)
     state, stages = RunState(run), stages_of(plan)
     runner = StageRunner(plan, run, backend, display, stop, lock)
     before: list[str] = []

@@ -42,6 +42,8 @@ def _metric(event: dict[str, Any]) -> str:
 class Display(Protocol):
     """Shows stages and their events to a person; everything goes to standard error."""
 
+    console: Console
+
     def begin(self, stage: str, number: int, count: int) -> None:
         """A stage starts."""
 

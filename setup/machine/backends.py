@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Protocol
 
 import sparktune
+from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.plan.config import ENV_PREFIX
 from sparktune.setup.plan.errors import ExitCode, PreflightError
 from sparktune.setup.plan.rundir import RunDir
@@ -209,11 +210,16 @@ def choose_backend(plan: Plan) -> tuple[Backend, str]:
     Raises:
         PreflightError: it cannot be used here; the sentence says what is missing and what to do.
     """
+    # it stands on this module, and imports the SDK's room only when an engine is wanted
+    from sparktune.setup.machine.docker_backend import DockerBackend
+
     if plan.backend == "docker":
-        raise PreflightError(
-            "--backend docker needs the project's image, which this version cannot build yet. "
-            "Run on this machine itself with --backend local."
-        )
+        return DockerBackend(plan), "asked for"
     if plan.backend == "local":
         return LocalBackend(), "asked for"
-    return LocalBackend(), "auto: this version has no Docker image, so the stages run on this machine itself"
+    if not nvidia_gpus():
+        return LocalBackend(), "auto: no NVIDIA GPU here, so the image would bring nothing"
+    try:
+        return DockerBackend(plan), "auto: an NVIDIA GPU and a Docker engine are here"
+    except PreflightError as error:
+        return LocalBackend(), f"auto: {error}"

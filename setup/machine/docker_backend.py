@@ -125,24 +125,35 @@ class DockerBackend:
 
     name = "docker"
 
-    def __init__(self, plan: Plan, say: Callable[[dict[str, Any]], None] = lambda event: None) -> None:
+    def __init__(self, plan: Plan) -> None:
+        """Reaches the engine.
+
+        Raises:
+            PreflightError: none answers.
+        """
         self._client = connect()
         self._root = program_root()
-        self._plan, self._say = plan, say
+        self._plan = plan
         self._image: str | None = None
         self._gpus = plan.device != "cpu" and bool(nvidia_gpus())
 
-    def prepare(self, stop: StopSignals) -> str:
-        """Returns the image's tag, building it where an input changed.
+    def prepare(self, on_event: Callable[[dict[str, Any]], None], stop: StopSignals) -> None:
+        """Makes sure of the image, building it where an input changed.
+
+        Args:
+            on_event: takes the build's progress events.
+            stop: the first signal cancels the build.
 
         Raises:
             PreflightError, BuildFailed, Cancelled: see `ensure_image`.
         """
         if self._image is None:
-            self._image = ensure_image(
-                self._client, self._root, self._plan.stack, on_event=self._say, should_stop=lambda: stop.count > 0
-            ).tag
-        return self._image
+            image = ensure_image(
+                self._client, self._root, self._plan.stack, on_event=on_event, should_stop=lambda: stop.count > 0
+            )
+            self._image = image.tag
+            on_event({"kind": "choice", "what": "image", "chosen": image.tag,
+                      "reason": "built just now" if image.built else "there already, no input changed"})
 
     def run_stage(
         self, stage: str, run: RunDir, plan: Plan, *, on_poll: Callable[[], None], stop: StopSignals,
@@ -153,7 +164,9 @@ class DockerBackend:
         A container cannot hold the run's lock. A container that an earlier, killed start left behind is told by its
         label and ended first: whoever holds the lock now owns the run.
         """
-        image = self.prepare(stop)
+        if self._image is None:
+            self.prepare(lambda event: None, stop)
+        image = str(self._image)
         self._end_leftovers(run)
         options = container_options(self._client, stage, run, plan, gpus=self._gpus, image=image)
         with run.log.open("ab") as log:
@@ -189,8 +202,8 @@ class DockerBackend:
 
     def _end_leftovers(self, run: RunDir) -> None:
         for container in self._client.containers.list(all=True, filters={"label": f"{RUN_LABEL}={run.root}"}):
-            self._say({"kind": "message", "level": "warning",
-                       "text": f"A container of an earlier start was still there ({container.name}); ending it."})
+            with run.log.open("a", encoding="utf-8") as log:
+                log.write(f"\nA container of an earlier start was still there ({container.name}); it was ended.\n")
             if container.status == "running":
                 container.stop(timeout=_STOP_S)
             container.remove(force=True)
