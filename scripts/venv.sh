@@ -27,7 +27,7 @@ if [ "$name" != wizard ]; then
   fi
   [ "$(uname -s)" = Linux ] || flavour=plain
 fi
-wanted=$( { printf 'recipe 1 %s %s\n' "$flavour" "$root"; cat -- "$lock" requirements/torch.txt; } | sha256sum)
+wanted=$( { printf 'recipe 2 %s %s\n' "$flavour" "$root"; cat -- "$lock" requirements/torch.txt; } | sha256sum)
 ready() { [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.stamp" 2>/dev/null)" = "$wanted" ]; }
 done_already() { printf '%s\n' "$root/$venv/bin/python"; exit 0; }
 if ready; then done_already; fi
@@ -116,11 +116,11 @@ torch=$(sed -n 's/^torch==\([0-9][0-9.]*\).*/\1/p' requirements/torch.txt)
 case $flavour in
   none) ;;
   cpu)
-    # What pip is configured with may hold the CPU build (a mirror, --find-links); PyTorch's own index always does.
-    # torch's needs are in the lock file: --no-deps keeps any CUDA package out.
+    # What pip is configured with may hold the CPU build (a mirror, --find-links); PyTorch's own index always does, and
+    # uv knows where that is. torch's needs are in the lock file: --no-deps keeps any CUDA package out.
     watched "installing torch $torch for CPU" "${pip[@]}" install --no-deps "torch==$torch+cpu" ||
       watched "installing torch $torch for CPU from PyTorch's index" \
-        "${pip[@]}" install --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu" ||
+        "$venv/bin/uv" pip install --no-deps --python "$venv/bin/python" --torch-backend cpu "torch==$torch" ||
       failed "installing torch $torch+cpu"
     ;;
   *) watched "installing torch $torch" "${pip[@]}" install -r requirements/torch.txt || failed "installing torch" ;;
