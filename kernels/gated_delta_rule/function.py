@@ -61,8 +61,8 @@ SMALL_SHARED_MEMORY = KernelConfigs(
     prepare_warps=8, scan_block_v=32, scan_warps=4, scan_stages=2, output_warps=8, prepare_backward_warps=4,
     wy_warps=4, wy_block=16, gradients_warps=8, gradients_block_v=16,
 )
-# Hopper, K = V = 128: the fastest right ones of lab/sweep_mixers.py on an H200 (torch 2.11, Triton 3.6, 2026-11-22; 0.97
-# -> 0.76 ms a layer at 5376 tokens). scan_stages=1 gave wrong sums there, a miscompiled wgmma.
+# Hopper, K = V = 128: the fastest right ones of lab/sweep_mixers.py on an H200 (torch 2.11, Triton 3.6, 2026-11-22;
+# 0.97 -> 0.76 ms a layer at 5376 tokens). scan_stages=1 gave wrong sums there, a miscompiled wgmma.
 HOPPER = KernelConfigs(
     prepare_warps=4, scan_block_v=32, scan_warps=4, scan_stages=3, output_warps=4, prepare_backward_warps=4,
     wy_warps=4, wy_block=64, gradients_warps=8, gradients_block_v=64,
