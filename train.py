@@ -41,9 +41,21 @@ def main() -> int:
     add_plan_flags(parser, "train")
     args = parser.parse_args()
 
+    from sparktune.setup.plan.errors import SparktuneError
+    from sparktune.training.engine_choice import engine_of_command, load_unsloth
+
+    flags = given_flags(args)
+    choice = engine_of_command(flags, args.config, os.environ)
+    if choice is not None and choice.engine == "unsloth":
+        try:
+            load_unsloth()  # before anything imports transformers
+        except SparktuneError as error:
+            print(f"{error} (engine unsloth: {choice.reason})", file=sys.stderr)
+            return error.exit_code
+
     from sparktune.training.session import run_session  # torch loads here, after --help and usage errors
 
-    return run_session(given_flags(args), args.config, os.environ)
+    return run_session(flags, args.config, os.environ, choice)
 
 
 if __name__ == "__main__":

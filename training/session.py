@@ -27,6 +27,7 @@ from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.training import checkpoint as checkpoints
 from sparktune.training.adapters import read_adapter_config
 from sparktune.training.checkpoint import LoopState
+from sparktune.training.engine_choice import Choice
 from sparktune.training.loop import TrainingLoop
 from sparktune.training.memory import choose_recompute, measure_machine, reset_peak
 from sparktune.training.metrics import MetricsLog
@@ -37,6 +38,7 @@ from sparktune.training.runs import Request, open_request, open_run
 from sparktune.training.samples import sample_prompts, stop_ids
 from sparktune.training.schedule import run_length, tenth
 from sparktune.training.stop import StopRequest
+from sparktune.training.unsloth_engine import UnslothEngine
 
 __all__ = ["run_session"]
 
@@ -49,20 +51,23 @@ _MATHS = (
 """Plan fields that change the numbers. What shapes the data is in the token cache's key, stored beside them."""
 
 
-def run_session(flags: Mapping[str, Any], config: Path | None, env: Mapping[str, str]) -> int:
+def run_session(
+    flags: Mapping[str, Any], config: Path | None, env: Mapping[str, str], choice: Choice | None = None
+) -> int:
     """Trains as the command line says and returns the exit code. Errors are one sentence on standard error.
 
     Args:
         flags: plan fields given on the command line.
         config: what --config names.
         env: the environment.
+        choice: the engine for a plan that leaves it open, decided before torch was imported.
     """
     events, stop = Narrator(), StopRequest()
     stop.install()
     log: list[Path] = []
     try:
         with ExitStack() as held:
-            _train(open_request(flags, config, env), events, stop, log, held)
+            _train(open_request(flags, config, env), events, stop, log, held, choice)
         return ExitCode.OK
     except SparktuneError as error:
         if error.__cause__ is not None:
@@ -109,8 +114,10 @@ def _keep_traceback(log: list[Path]) -> Path:
     return path
 
 
-def _train(request: Request, events: Narrator, stop: StopRequest, log: list[Path], held: ExitStack) -> None:
-    plan = request.plan
+def _train(
+    request: Request, events: Narrator, stop: StopRequest, log: list[Path], held: ExitStack, choice: Choice | None
+) -> None:
+    plan = _with_engine(request.plan, choice, events)
     for note in request.notes:
         events.message(note, "warning")
     spec = probe(plan.model)
@@ -199,26 +206,36 @@ def _as_adapter_says(plan: Plan) -> Plan:
     return plan.model_copy(update={**own, "origins": {**plan.origins, **dict.fromkeys(own, "saved")}})
 
 
+def _with_engine(plan: Plan, choice: Choice | None, events: Narrator) -> Plan:
+    """Settles an open engine as the process has already decided, for Unsloth patches what is imported after it."""
+    if plan.engine != "auto" or choice is None:
+        return plan
+    events.choice("engine", choice.engine, choice.reason)
+    return plan.model_copy(
+        update={"engine": choice.engine, "origins": {**plan.origins, "engine": "recommendation"}}
+    )
+
+
 def _refuse_unsupported(plan: Plan, spec: ModelSpec, device: torch.device) -> None:
     """Refuses what this version cannot train, in one sentence each."""
-    if not spec.native:
+    if plan.engine == "unsloth":
+        if device.type != "cuda":
+            raise PreflightError(
+                "--engine unsloth needs the Unsloth engine, which runs on a CUDA GPU only; torch sees none. Use "
+                "--engine native, which also trains on a CPU."
+            )
+    elif not spec.native:
         raise PreflightError(
             f"{plan.model} cannot be trained natively: {spec.native_reason}. The native engine trains "
-            f"{', '.join(NATIVE_FAMILIES)}; other models need the Unsloth engine, which this version does not contain."
+            f"{', '.join(NATIVE_FAMILIES)}; other models need --engine unsloth and a CUDA GPU."
         )
-    if plan.engine == "unsloth":
+    elif plan.mode == "qlora":
         raise PreflightError(
-            "--engine unsloth needs the Unsloth engine, which this version does not contain. Use --engine native: it "
-            f"knows {spec.model_type}."
-        )
-    if plan.mode == "qlora":
-        raise PreflightError(
-            "--mode qlora needs a CUDA GPU with 4-bit kernels and the Unsloth engine, which this version does not "
-            "contain. Use --mode lora."
+            "--mode qlora needs a CUDA GPU with 4-bit kernels and --engine unsloth. Use that, or --mode lora."
         )
     if plan.optimizer != "adamw":
         raise PreflightError(
-            f"--optimizer {plan.optimizer} keeps 8-bit moments, which the native engine does not have on "
+            f"--optimizer {plan.optimizer} keeps 8-bit moments, which no engine of this version has on "
             f"{'a CPU' if device.type == 'cpu' else 'this GPU'}. Use --optimizer adamw."
         )
 
@@ -247,7 +264,7 @@ def _run(
     if data.evaluation is not None:
         held_out = PackPlan(data.evaluation, pack=plan.pack, pack_length=plan.pack_length, shuffle=False, pad=pad)
     events.message(train.describe())
-    engine = NativeEngine.build(plan, spec, model_dir, device)
+    engine = _engine_class(plan).build(plan, spec, model_dir, device)
     plan = plan.model_copy(update={"kernels": engine.reasons})
     save_plan(plan, run.plan)
     length = run_length(len(train), plan.gradient_accumulation or 1, plan.num_epochs, plan.max_steps)
@@ -282,6 +299,10 @@ def _run(
     size = sum(path.stat().st_size for path in result.rglob("*") if path.is_file())
     events.emit("artifact", path=str(result), bytes=size)
     events.message(f"Trained: {result}")
+
+
+def _engine_class(plan: Plan) -> type[NativeEngine] | type[UnslothEngine]:
+    return UnslothEngine if plan.engine == "unsloth" else NativeEngine
 
 
 def _resume_point(

@@ -1,0 +1,187 @@
+"""The choice of an engine, and the Unsloth engine's own arithmetic on a plain transformers model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from sparktune.setup.plan.errors import PreflightError
+from sparktune.setup.plan.models import CATALOGUE, probe, spec_from_config
+from sparktune.setup.plan.schema import Machine, Plan
+from sparktune.training import engine_choice, unsloth_engine
+from sparktune.training.batch import MicroBatch
+from sparktune.training.engine_choice import Measurement, choose_engine, engine_of_command, load_unsloth
+from sparktune.training.native_engine import NativeEngine
+from sparktune.training.unsloth_engine import UnslothEngine, adapter_key, documents_of
+
+SPEC = spec_from_config(CATALOGUE["Qwen/Qwen3.5-2B"], "Qwen/Qwen3.5-2B")
+GPU = Machine(device="cuda", capability=(12, 1), memory_gib=100, cpu_cores=4, disk_free_gib=10)
+CPU = Machine(device="cpu", memory_gib=10, cpu_cores=4, disk_free_gib=10)
+
+
+def measured(native: float, unsloth: float, **changes: object) -> Measurement:
+    fields = {"capability": (12, 1), "model_type": "qwen3_5_text", "mode": "lora", "native_tok_per_s": native,
+              "unsloth_tok_per_s": unsloth, "source": "a test", **changes}
+    return Measurement(**fields)
+
+
+@pytest.mark.parametrize(
+    ("machine", "rows", "mode", "installed", "engine", "says"),
+    [
+        (GPU, (measured(7000, 3461),), "lora", True, "native", "7,000"),
+        (GPU, (measured(3000, 3461),), "lora", True, "unsloth", "3,461"),
+        (GPU, (measured(3000, 3461),), "lora", False, "native", "not installed"),
+        (GPU, (measured(7000, 3461, capability=(9, 0)),), "lora", True, "unsloth", "no measurement"),
+        (GPU, (measured(7000, 3461, mode="full"),), "lora", True, "unsloth", "duel"),
+        (GPU, (measured(7000, 3461, mode="full"),), "full", True, "native", "7,000"),
+        (GPU, (measured(7000, 3461),), "qlora", True, "unsloth", "4-bit"),
+        (CPU, (measured(1, 2),), "lora", True, "native", "CUDA GPU"),
+    ],
+)
+def test_native_where_it_is_measured_faster(
+    machine: Machine, rows: tuple[Measurement, ...], mode: str, installed: bool, engine: str, says: str
+) -> None:
+    choice = choose_engine(SPEC, machine, rows, mode=mode, unsloth_installed=installed)
+    assert choice.engine == engine
+    assert says in choice.reason
+
+
+def test_what_the_native_engine_does_not_know_goes_to_unsloth() -> None:
+    odd = SPEC.model_copy(update={"native": False, "native_reason": "gemma is new to it"})
+    choice = choose_engine(odd, GPU, (), mode="lora", unsloth_installed=False)
+    assert choice.engine == "unsloth"
+    assert "gemma is new to it" in choice.reason
+
+
+def test_a_command_line_is_read_before_torch(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"model": str(tiny_model), "data": "x.jsonl"}
+    asked = engine_of_command({**flags, "engine": "unsloth"}, None, {})
+    assert asked is not None
+    assert asked.engine == "unsloth"
+    from_env = engine_of_command(flags, None, {"SPARKTUNE_ENGINE": "unsloth"})
+    assert from_env is not None
+    assert from_env.engine == "unsloth"
+    monkeypatch.setattr(engine_choice, "_machine", lambda: GPU)
+    left_open = engine_of_command(flags, None, {})
+    assert left_open is not None
+    assert left_open.engine == "native"
+    assert engine_of_command({**flags, "model": "/nowhere/model"}, None, {}) is None
+
+
+def test_without_unsloth_it_says_so_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_choice.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PreflightError, match="which this Python does not have") as caught:
+        load_unsloth()
+    assert caught.value.exit_code == 3
+
+
+def test_an_unsloth_that_refuses_the_machine_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unsloth.py").write_text("raise NotImplementedError('Unsloth needs a GPU\\nand more')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(PreflightError, match=r"NotImplementedError: Unsloth needs a GPU\. It needs"):
+        load_unsloth()
+
+
+def test_without_a_gpu_the_engine_refuses() -> None:
+    with pytest.raises(PreflightError, match="needs a CUDA GPU"):
+        UnslothEngine.build(Plan(engine="unsloth"), SPEC, Path("model"), torch.device("cpu"))
+
+
+def test_adapter_keys() -> None:
+    inside = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.default.weight"
+    assert adapter_key(inside, "text") == "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    assert adapter_key(inside, "multimodal") == inside.replace(".default", "")
+    plain = "base_model.model.model.layers.3.self_attn.q_proj.lora_B.default.weight"
+    assert adapter_key(plain, "text") == plain.replace(".default", "")
+    assert adapter_key("base_model.model.model.embed_tokens.weight", "text") is None
+
+
+def row() -> MicroBatch:
+    """Three documents of 7, 5 and 9 tokens; the second teaches nothing."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([7, 5, 9])
+    cu_seqlens = torch.tensor([0, 7, 12, 21], dtype=torch.int32)
+    ids = torch.randint(3, 500, (21,), generator=generator)
+    rows = torch.tensor([2, 3, 5, 13, 14, 18, 19])
+    return MicroBatch(
+        ids=ids, position_ids=torch.cat([torch.arange(n) for n in lengths]), cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens, max_seqlen=9, supervised_rows=rows, targets=ids[rows + 1], examples=(0, 1, 2),
+        real_tokens=21,
+    )
+
+
+def test_a_row_falls_apart_into_the_documents_that_teach() -> None:
+    found = list(documents_of(row()))
+    assert [ids.shape[1] for ids, _, _ in found] == [7, 9]
+    assert [n for _, _, n in found] == [3, 4]
+    for ids, labels, n in found:
+        learned = labels != -100
+        assert int(learned.sum()) == n
+        assert torch.equal(labels[learned], ids[learned])
+        assert not learned[0, 0]
+
+
+@pytest.fixture
+def engines(tiny_model: Path) -> SimpleNamespace:
+    """Our native engine and the Unsloth engine around transformers + PEFT, with the same weights."""
+    torch.manual_seed(0)
+    plan = Plan(model=str(tiny_model), mode="lora", dtype="float32", device="cpu", recompute="none", lora_r=4,
+                lora_alpha=8.0, target_modules=["q_proj", "down_proj", "in_proj_qkv"])
+    spec = probe(str(tiny_model))
+    native = NativeEngine.build(plan, spec, tiny_model, torch.device("cpu"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    peft = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=plan.target_modules))
+    other = UnslothEngine(peft, plan, spec, tiny_model)
+    return SimpleNamespace(plan=plan, native=native, other=other, peft=peft)
+
+
+def test_losses_and_steps_are_the_native_engines(engines: SimpleNamespace, tmp_path: Path) -> None:
+    native, other = engines.native, engines.other
+    native.export(tmp_path / "start")
+    engines.peft.load_adapter(tmp_path / "start", "default", is_trainable=True)
+    assert all(p.requires_grad for n, p in engines.peft.named_parameters() if "lora_" in n)
+    other = UnslothEngine(engines.peft, engines.plan, other.spec, Path(engines.plan.model))
+    batches = [row(), row()]
+    assert other.loss_sum(row()).item() == pytest.approx(native.loss_sum(row()).item(), rel=1e-5)
+    for step in range(4):
+        ours, theirs = (e.forward_backward(batches, 14).item() for e in (native, other))
+        assert theirs == pytest.approx(ours, rel=2e-5), step
+        norms = [e.optimiser_step(1e-2).item() for e in (native, other)]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    kept = {name: value.clone() for name, value in other.state().items()}
+    other.forward_backward(batches, 14)
+    other.optimiser_step(1e-2)
+    moved = other.loss_sum(row()).item()
+    other.load_state(kept)
+    assert other.loss_sum(row()).item() != moved
+
+
+def test_the_adapter_is_pefts_and_loads_with_b_not_zero(engines: SimpleNamespace, tmp_path: Path) -> None:
+    other = engines.other
+    other.forward_backward([row()], 7)
+    other.optimiser_step(1e-2)
+    other.export(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "in_proj_qkv", "q_proj"]
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert all(key.startswith("base_model.model.model.layers.") for key in list(file.keys()))
+    base = AutoModelForCausalLM.from_pretrained(engines.plan.model, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    b = [p for n, p in loaded.named_parameters() if "lora_B" in n]
+    assert b
+    assert all(bool(p.any()) for p in b)
+    answer = other.generate([5, 6, 7], 4, [1])
+    assert 1 <= len(answer) <= 4
+
+
+def test_versions_are_named(engines: SimpleNamespace) -> None:
+    assert "transformers" in engines.other.reasons["model"]
+    assert "one document a row" in engines.other.describe()
+    assert unsloth_engine.UnslothEngine is UnslothEngine
