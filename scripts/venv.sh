@@ -69,15 +69,18 @@ trap '[ -z "$pip_pid" ] || kill "$pip_pid" 2>/dev/null || true
 
 # Runs a command with its output in the log, and shows the time and the last line of it while it runs.
 watched() {
-  local what=$1 begin=$SECONDS shown=0 last
+  local what=$1 begin=$SECONDS shown=0 width line
   shift
   "$@" >> "$log" 2>&1 &   # keeps the lock too: a killed start leaves no pip that races the next one
   pip_pid=$!
   while kill -0 "$pip_pid" 2>/dev/null; do
     sleep 0.5
     if [ -t 2 ] && [ "${TERM:-dumb}" != dumb ]; then
-      last=$(tail -n 1 -- "$log" | tr -d '\r' | cut -c 1-60)
-      printf '\r\033[K%s: %s, %d s  %s' "$name environment" "$what" $((SECONDS - begin)) "$last" >&2
+      # a line that wraps cannot be wiped: each half second would leave one more on the screen
+      width=$(stty size <&2 2>/dev/null | cut -d ' ' -f 2) || width=
+      [ "${width:-0}" -gt 20 ] || width=80
+      line="$name environment: $what, $((SECONDS - begin)) s  $(tail -n 1 -- "$log" | tr -d '\r')"
+      printf '\r\033[K%s' "${line:0:width-1}" >&2
     elif [ $((SECONDS - begin)) -ge $((shown + 10)) ]; then
       shown=$((SECONDS - begin))
       say "$name environment: $what, $shown s"

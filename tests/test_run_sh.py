@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pty
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -160,3 +164,28 @@ def test_starts_wait_for_one_another(checkout: Path, tmp_path: Path) -> None:
     assert waiting.returncode == 0, err
     assert out.strip() == str(checkout / ".venvs" / "wizard" / "bin" / "python")
     assert "waiting" in err
+
+
+def test_progress_keeps_to_one_line_of_the_terminal(checkout: Path, tmp_path: Path) -> None:
+    # a pip whose last line is long, in a terminal 60 columns wide
+    python = checkout / ".venvs" / "wizard" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "Installing collected packages: $(seq -s , 1 90)"\nsleep 1.2\n')
+    (checkout / ".venvs" / "wizard" / ".stamp").unlink()
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    done = subprocess.Popen(
+        [str(checkout / "scripts" / "venv.sh"), "wizard"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    assert done.wait(30) == 0
+    os.close(theirs)
+    screen = b""
+    try:
+        while block := os.read(ours, 65536):
+            screen += block
+    except OSError:
+        pass  # Linux's word for the end of a terminal whose other side is closed
+    os.close(ours)
+    shown = re.findall(r"\r\x1b\[K(wizard environment: installing[^\r]*)", screen.decode())
+    assert shown
+    assert max(len(line) for line in shown) < 60, shown
