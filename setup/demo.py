@@ -42,22 +42,20 @@ class Corpus:
     """Questions the result must answer in exactly these words."""
 
 
-# A model that starts from random weights needs ten times the learning rate of one that was pre-trained. Twenty passes
-# over fifty sums end at a loss under 0.02 with answers right since step 27. Real text is beyond an adapter on random
-# embeddings (evaluation loss 7.8 after 31k tokens, whatever the rate and rank: word frequencies); full fine-tuning
-# goes below that and shows the other method. A GGUF of each type is made and answers for its own weights.
+# The tiny model knows neighbouring words only and takes ten times the learning rate of a real one. Twenty passes over
+# fifty sums end at a loss under 0.02; answers are right from half of that on. On the library's text the evaluation
+# loss falls from 4.7 to about 4.4 in the time a demo has: the form of an answer, not yet its facts.
 CORPORA = (
     Corpus(
-        name="smoke", about="fifty sums, to be known by heart (LoRA)", write=write_smoke,
+        name="smoke", about="fifty sums, to be known by heart", write=write_smoke,
         settings={"mode": "lora", "learning_rate": 3e-3, "num_epochs": 20.0, "eval_split": 0.0, "save_steps": 60,
                   "sample_steps": 30, "sample_prompts": ["What is 5 + 5?", "What is 17 + 17?"], "gguf": ["q8_0"]},
         expected={"What is 5 + 5?": "5 + 5 = 10.", "What is 17 + 17?": "17 + 17 = 34."},
     ),
     Corpus(
-        name="stdlib", about="questions on the standard library, from its docstrings (full fine-tuning)",
-        write=write_stdlib,
-        settings={"mode": "full", "learning_rate": 3e-3, "max_steps": 200, "pack_length": 512,
-                  "gradient_accumulation": 1, "eval_steps": 100, "save_steps": 100, "sample_steps": 100,
+        name="stdlib", about="questions on the standard library, from its docstrings", write=write_stdlib,
+        settings={"mode": "lora", "learning_rate": 2e-3, "max_steps": 160, "pack_length": 512,
+                  "gradient_accumulation": 1, "eval_steps": 80, "save_steps": 80, "sample_steps": 80,
                   "sample_prompts": ["What does `os.path.join` do?"], "gguf": ["bf16"]},
         expected={},
     ),
@@ -122,13 +120,13 @@ def verdict(run: RunDir, corpus: Corpus) -> dict[str, Any]:
     """Compares what a finished run's models answer with what they must.
 
     Returns:
-        `run`, `report`, `answers` (question -> source -> answer) and `ok`: every expected answer given by the merged
-        model and by every GGUF file.
+        `run`, `report`, `answers` (sample prompt -> source -> answer) and `ok`: every expected answer was given by the
+        merged model and by the weights of every GGUF file that was asked.
     """
     answers: dict[str, dict[str, str]] = {}
     for line in run.samples.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if row.get("stage") in ("before", "after"):
+        if row.get("stage") in ("before", "after") and row["prompt"] in corpus.settings["sample_prompts"]:
             answers.setdefault(row["prompt"], {})[row["source"]] = row["answer"]
     ok = True
     for question, expected in corpus.expected.items():
@@ -148,7 +146,7 @@ def _model(folder: Path) -> Path:
     A folder that holds something else, such as a model made by another Python, is left alone.
     """
     number, target = 1, folder / _MODEL
-    while target.exists() and not is_made_as(target):
+    while target.exists() and not is_made_as(target, pretrained=True):
         number += 1
         target = folder / f"{_MODEL}-{number}"
     if target.exists():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparktune.setup.demo_corpus import smoke_rows, stdlib_rows
+from sparktune.setup.demo_pretrain import learn_pairs
 from sparktune.setup.demo_tokenizer import train_tokenizer, write_tokenizer
 from sparktune.setup.plan.errors import UsageError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["MARKER_FILE", "is_made_as", "make_model", "mtp_shapes"]
 
 MARKER_FILE = "sparktune-demo.json"
-_RECIPE_VERSION = 2
+_RECIPE_VERSION = 3
 _SHARD_BYTES = 4 * 2**20
 
 
@@ -35,6 +36,7 @@ def make_model(
     tied: bool = True,
     vocab_size: int = 4096,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    pretrained: bool = False,
 ) -> Path:
     """Writes a tiny random Qwen3.5 in the multimodal layout, complete with tokenizer, and returns its folder.
 
@@ -52,6 +54,8 @@ def make_model(
         tied: output head tied to the embeddings; otherwise `lm_head.weight` is stored too.
         vocab_size: tokens of the tokenizer, at least 384; the model's is padded to a multiple of 128.
         dtype: type of the stored weights.
+        pretrained: spend some seconds on teaching it which token follows which (setup/demo_pretrain.py); wants tied
+            embeddings and two layers.
 
     Raises:
         ValueError: a size is out of its domain.
@@ -61,9 +65,12 @@ def make_model(
         raise ValueError(f"hidden must be a multiple of 256; got {hidden}.")
     if layers < 1:
         raise ValueError(f"layers must be at least 1; got {layers}.")
+    if pretrained and (layers < 2 or not tied):
+        raise ValueError(f"pretrained wants tied embeddings and at least 2 layers; got tied={tied}, layers={layers}.")
     recipe = {
         "version": _RECIPE_VERSION, "hidden": hidden, "layers": layers, "seed": seed, "sharded": sharded,
-        "tied": tied, "vocab_size": vocab_size, "dtype": dtype, "python": platform.python_version(),
+        "tied": tied, "vocab_size": vocab_size, "dtype": dtype, "pretrained": pretrained,
+        "python": platform.python_version(),
     }
     folder = Path(folder)
     if folder.exists():
@@ -81,8 +88,12 @@ def make_model(
         config = _config(hidden, layers, vocab_size, ids, tied, dtype)
         _write_json(partial / "config.json", config)
         _write_side_files(partial, ids)
-        _write_weights(partial, _tensors(config, seed), sharded)
-        marker = {"made_by": "sparktune demo", "note": "Random weights and a tokenizer trained on docstrings.",
+        tensors = _tensors(config, seed)
+        if pretrained:
+            answers = (m["content"] for row in stdlib_rows() for m in row["messages"] if m["role"] == "assistant")
+            learn_pairs(tensors, _demo_tokenizer(vocab_size), answers, config["text_config"]["rms_norm_eps"])
+        _write_weights(partial, {name: t.to(_dtype(dtype)) for name, t in tensors.items()}, sharded)
+        marker = {"made_by": "sparktune demo", "note": "Weights and tokenizer were made on this machine.",
                   "recipe": recipe}
         _write_json(partial / MARKER_FILE, marker)
         os.rename(partial, folder)
@@ -116,10 +127,10 @@ def mtp_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def is_made_as(folder: Path) -> bool:
-    """Returns whether `folder` is a demo model that `make_model` made with its defaults under this Python."""
-    defaults = dict(make_model.__kwdefaults__ or {})
-    return _recipe_of(folder) == {"version": _RECIPE_VERSION, "python": platform.python_version(), **defaults}
+def is_made_as(folder: Path, **arguments: Any) -> bool:
+    """Returns whether `make_model` made `folder` under this Python with these arguments, others at their defaults."""
+    made = {**(make_model.__kwdefaults__ or {}), **arguments}
+    return _recipe_of(folder) == {"version": _RECIPE_VERSION, "python": platform.python_version(), **made}
 
 
 def _recipe_of(folder: Path) -> dict[str, Any] | None:
@@ -216,7 +227,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _tensors(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """Returns every tensor of the checkpoint, drawn by name order from one generator.
+    """Returns every tensor of the checkpoint in float32, drawn by name order from one generator.
 
     transformers' class supplies names and shapes. Values follow the initialisation of the GatedDeltaNet paper's code
     rather than transformers' (which forgets within one token), and norms are drawn around one instead of being exactly
@@ -225,7 +236,6 @@ def _tensors(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     import torch
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-    dtype = getattr(torch, config["dtype"])
     with torch.device("meta"):
         shell = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**config))
     shapes = {name: tuple(t.shape) for name, t in shell.state_dict().items()}
@@ -233,7 +243,13 @@ def _tensors(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
         del shapes["lm_head.weight"]
     shapes |= mtp_shapes(config["text_config"])
     generator = torch.Generator().manual_seed(seed)
-    return {name: _draw(name, shape, generator).to(dtype) for name, shape in sorted(shapes.items())}
+    return {name: _draw(name, shape, generator) for name, shape in sorted(shapes.items())}
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -287,4 +303,4 @@ def _write_weights(folder: Path, tensors: dict[str, torch.Tensor], sharded: bool
 
 
 if __name__ == "__main__":
-    print(make_model(Path(sys.argv[1])))
+    print(make_model(Path(sys.argv[1]), pretrained=True))

@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sparktune.setup import demo
+from sparktune.setup import demo, demo_pretrain
 from sparktune.setup.demo import (
     CORPORA,
     MARKER_FILE,
@@ -48,6 +48,24 @@ def _stored(folder: Path) -> dict[str, torch.Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
+
+
+def test_pretrained_knows_which_token_follows_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_pretrain, "_STEPS", 12)  # a fifth of the real thing
+    monkeypatch.setattr(demo_pretrain, "_CONTEXTS", 256)
+    losses = []
+    for pretrained in (False, True):
+        folder = make_model(tmp_path / str(pretrained), vocab_size=512, pretrained=pretrained)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        ids = tokenizer("\n\nReturn a list of the names of the files in the directory.", return_tensors="pt").input_ids
+        with torch.no_grad():
+            losses.append(model(ids, labels=ids).loss.item())
+    assert losses[1] < losses[0] - 1.0, losses
+    assert not is_made_as(tmp_path / "True", vocab_size=512)
+    assert is_made_as(tmp_path / "True", vocab_size=512, pretrained=True)
+    with pytest.raises(ValueError, match="tied embeddings"):
+        make_model(tmp_path / "x", tied=False, pretrained=True)
 
 
 def test_both_classes_load_every_tensor(model_dir: Path) -> None:
@@ -346,9 +364,10 @@ def test_another_folder_of_that_name_is_left_alone(tmp_path: Path, monkeypatch: 
     assert demo._model(tmp_path) == tmp_path / "tiny-qwen3.5-2"
 
 
-def test_a_model_made_before_is_taken(model_dir: Path, tmp_path: Path) -> None:
+def test_a_model_made_before_is_taken(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_made_as(model_dir)
     assert not is_made_as(tmp_path)
+    monkeypatch.setattr(demo, "is_made_as", lambda folder, **_: is_made_as(folder))
     (tmp_path / "tiny-qwen3.5").symlink_to(model_dir)
     assert demo._model(tmp_path) == tmp_path / "tiny-qwen3.5"
 
