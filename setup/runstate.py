@@ -42,7 +42,8 @@ def outputs_of(stage: str, run: RunDir, plan: Plan) -> list[Path]:
         "prepare": [run.data_report],
         "train": [run.weights if plan.mode == "full" else run.adapter, run.metrics],
         "merge": [run.merged],
-        "mtp": [run.mtp(plan.mtp)],
+        # a base without a head leaves no folder: then the stage's own word for it is what it made
+        "mtp": [folder if (folder := run.mtp(plan.mtp)).exists() else run.stage_events("mtp")],
         "gguf": [run.gguf],
         "evaluate": [run.samples],
         "report": [run.report, run.summary],

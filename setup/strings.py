@@ -117,7 +117,6 @@ ASK_EVAL = "Share of rows held out for evaluation (0 for none)?"
 ASK_MTP = "Which MTP head (for speculative decoding) should the result carry?"
 MTPS = {
     "default": "the base model's own",
-    "trained": "one trained on your data",
     "skip": "none",
 }
 ASK_GGUF = "Which GGUF files?"

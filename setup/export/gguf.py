@@ -20,7 +20,7 @@ from typing import Any
 
 from sparktune.mtp.extract_upstream_mtp import find_head
 from sparktune.setup.export.convert_demo import MARKER
-from sparktune.setup.export.gguf_checks import TYPES, check_file, needed_bytes
+from sparktune.setup.export.gguf_checks import check_file, needed_bytes
 from sparktune.setup.export.handover import modelfile
 from sparktune.setup.export.llama_cpp import (
     COMMIT,
@@ -33,42 +33,18 @@ from sparktune.setup.export.llama_cpp import (
 )
 from sparktune.setup.export.merge import merge, read_record
 from sparktune.setup.export.stage import Stage, run_command, run_stage
-from sparktune.setup.plan.errors import PreflightError, SparktuneError, UsageError
+from sparktune.setup.plan.errors import PreflightError, SparktuneError
 from sparktune.setup.plan.events import EventWriter, NullEvents
+from sparktune.setup.plan.exports import GGUF_TYPES, check_gguf_types
 from sparktune.setup.plan.models import adapter_base, probe, resolve_model_dir
 from sparktune.setup.plan.outfolder import build_folder, gib, write_durably
 from sparktune.setup.plan.schema import ModelSpec
 
-__all__ = ["MANIFEST", "check_types", "export_gguf", "gguf_name", "read_manifest"]
+__all__ = ["MANIFEST", "export_gguf", "gguf_name", "read_manifest"]
 
 MANIFEST = "manifest.json"
-_QUANTISER_TYPES = frozenset({
-    "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q2_k_s", "q3_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k", "q4_k_s", "q4_k_m",
-    "q5_k", "q5_k_s", "q5_k_m", "q6_k", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs",
-    "iq3_s", "iq3_m", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "mxfp4_moe", "mxfp4", "nvfp4",
-})
 # The converter reads these families' vocabularies through the sentencepiece package, even where they do not use it.
 _SENTENCEPIECE_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
-
-
-def check_types(types: Sequence[str]) -> None:
-    """Checks the GGUF types asked for; pure, so that a plan can be refused before anything runs.
-
-    Raises:
-        UsageError: a type needs the compiled quantiser (a later release), or is unknown, or is given twice.
-    """
-    compiled = [t for t in types if t.lower() in _QUANTISER_TYPES]
-    if compiled:
-        raise UsageError(
-            f"--gguf {','.join(compiled)} needs llama.cpp's compiled quantiser, which comes with a later release. "
-            f"Without a compiler there are {', '.join(TYPES)}; q8_0 is the smallest. You can quantise a bf16 file "
-            "yourself with llama-quantize."
-        )
-    unknown = [t for t in types if t not in TYPES]
-    if unknown:
-        raise UsageError(f"--gguf takes {', '.join(TYPES)}, or none; got {unknown[0]!r}.")
-    if len(set(types)) != len(types):
-        raise UsageError(f"--gguf should name each type once; got {','.join(types)}.")
 
 
 def gguf_name(name: str, kind: str) -> str:
@@ -173,7 +149,7 @@ def export_gguf(
     Args:
         model_dir: a model in safetensors.
         out_dir: must not exist.
-        types: of `TYPES`.
+        types: of `GGUF_TYPES`.
         name: the files' stem.
         events: progress, choices and messages.
         record: entries added to the manifest.
@@ -187,7 +163,7 @@ def export_gguf(
         PreflightError: the converter cannot be fetched, a package is missing, too little space.
         SparktuneError: the converter refused the model, or a file failed a check (it is not kept).
     """
-    check_types(types)
+    check_gguf_types(types)
     _preflight(probe(str(model_dir)))
     sources = converter_sources(events)
     with tempfile.TemporaryDirectory(prefix="sparktune-gguf-") as private:
@@ -242,7 +218,7 @@ def export_run(stage: Stage) -> None:
     if not plan.gguf:
         events.choice("gguf", "none", "asked for with --gguf none")
         return
-    check_types(plan.gguf)
+    check_gguf_types(plan.gguf)
     source, why = _source_folder(stage)
     events.choice("gguf source", source.name, why)
     record = {"run": run.name, "source_kind": why, "trained_sha256": read_record(run.merged).get("trained_sha256")}
@@ -257,7 +233,7 @@ def export_run(stage: Stage) -> None:
 
 def _export_bare(args: argparse.Namespace) -> None:
     types = [t for t in args.types.split(",") if t]
-    check_types(types)
+    check_gguf_types(types)
     name = args.out.name.removesuffix("-gguf")
     if args.model is not None:
         manifest = export_gguf(args.model, args.out, types, name, NullEvents())
@@ -282,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--adapter", type=Path, help="PEFT adapter folder; merged into a temporary folder first")
     what.add_argument("--model", type=Path, help="model folder")
     parser.add_argument("--out", type=Path, help="folder of the GGUF files (with --adapter or --model)")
-    parser.add_argument("--types", default="q8_0", help=f"of {', '.join(TYPES)}, separated by commas")
+    parser.add_argument("--types", default="q8_0", help=f"of {', '.join(GGUF_TYPES)}, separated by commas")
     parser.add_argument("--base", help="base model, folder or hub id (with --adapter; default: what the adapter names)")
     args = parser.parse_args(argv)
     if args.run is not None:

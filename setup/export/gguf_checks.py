@@ -13,14 +13,12 @@ from sparktune.setup.export.gguf_map import KNOWN_ARCHS
 from sparktune.setup.export.llama_cpp import child_environment, run_child
 from sparktune.setup.plan.errors import SparktuneError
 from sparktune.setup.plan.events import EventWriter
+from sparktune.setup.plan.exports import BYTES_PER_WEIGHT
 from sparktune.setup.plan.schema import ModelSpec
 from sparktune.setup.plan.weights import safetensors_header, safetensors_index
 
-__all__ = ["TYPES", "check_file", "judge", "needed_bytes"]
+__all__ = ["check_file", "judge", "needed_bytes"]
 
-_BYTES_PER_WEIGHT = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}
-TYPES = tuple(_BYTES_PER_WEIGHT)
-"""GGUF types that llama.cpp's converter writes without compiled code."""
 _Q8_BLOCK = 32
 # Vocabulary, template and alignment; 248320 tokens take about 10 MiB.
 _METADATA_BYTES = 32 * 2**20
@@ -32,7 +30,7 @@ def needed_bytes(model_dir: Path, kind: str, *, with_mtp: bool) -> int:
 
     Args:
         model_dir: the checkpoint.
-        kind: of `TYPES`.
+        kind: of `GGUF_TYPES`.
         with_mtp: the MTP head goes in.
     """
     weights, vectors = 0, 0
@@ -44,7 +42,7 @@ def needed_bytes(model_dir: Path, kind: str, *, with_mtp: bool) -> int:
                 vectors += math.prod(entry.shape)
             else:
                 weights += math.prod(entry.shape)
-    return int(weights * _BYTES_PER_WEIGHT[kind]) + 4 * vectors + _METADATA_BYTES
+    return int(weights * BYTES_PER_WEIGHT[kind]) + 4 * vectors + _METADATA_BYTES
 
 
 def _expected_type(name: str, shape: list[int], kind: str) -> str:

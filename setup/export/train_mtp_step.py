@@ -13,28 +13,18 @@ from sparktune.mtp.extract_upstream_mtp import find_head
 from sparktune.mtp.inject_mtp import inject, read_record
 from sparktune.setup.export.merge import read_record as read_merge_record
 from sparktune.setup.export.stage import Stage, run_stage
-from sparktune.setup.plan.errors import PreflightError, UsageError
+from sparktune.setup.plan.errors import PreflightError
+from sparktune.setup.plan.exports import check_mtp_mode
 from sparktune.setup.plan.models import probe, resolve_model_dir
 from sparktune.setup.plan.outfolder import gib
 
-__all__ = ["TRAINED_LATER", "check_mode"]
-
-TRAINED_LATER = (
-    "--mtp trained: training the MTP head on your data comes with a later release. Use --mtp default (the base's own "
-    "head) or --mtp skip."
-)
-
-
-def check_mode(mode: str) -> None:
-    """Raises UsageError for a mode that this release cannot do; also asked when a run is planned."""
-    if mode == "trained":
-        raise UsageError(TRAINED_LATER)
+__all__ = ["attach"]
 
 
 def attach(stage: Stage) -> None:
     """Writes `output/RUN-mtp-default` with the base's own head, or says in one sentence why there is none."""
     plan, run, events = stage.plan, stage.run, stage.events
-    check_mode(plan.mtp)
+    check_mtp_mode(plan.mtp)
     if plan.mtp == "skip":
         events.choice("mtp", "skip", "asked for with --mtp skip")
         return

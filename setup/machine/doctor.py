@@ -19,6 +19,7 @@ from typing import Any, Literal
 from sparktune.setup.machine.backends import choose_backend, program_root
 from sparktune.setup.machine.detect import existing_parent, host_memory_gib, nvidia_gpus
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
+from sparktune.setup.plan.exports import BYTES_PER_WEIGHT, check_exports
 from sparktune.setup.plan.memory import adapter_parameters
 from sparktune.setup.plan.models import is_adapter_folder, probe, resolve_model_dir
 from sparktune.setup.plan.schema import ModelSpec, Plan
@@ -27,7 +28,6 @@ from sparktune.setup.plan.weights import safetensors_index
 __all__ = ["Check", "disk_need_gib", "failures", "run_checks"]
 
 _GIB = 2**30
-_GGUF_BYTES = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}
 _MIN_MEMORY_GIB = 1.0
 _HUB_S = 5.0
 
@@ -70,7 +70,7 @@ def disk_need_gib(plan: Plan, spec: ModelSpec, base_gib: float) -> float:
     else:
         adapter_gib = adapter_parameters(spec, plan.lora_r or 32, plan.target_modules) / _GIB
         need = adapter_gib * (4 + 16 * (plan.keep_checkpoints + 1))
-    gguf = sum(parameters_gib * _GGUF_BYTES.get(kind, 1.0) for kind in plan.gguf)
+    gguf = sum(parameters_gib * BYTES_PER_WEIGHT.get(kind, 1.0) for kind in plan.gguf)
     return need + base_gib + gguf
 
 
@@ -186,6 +186,11 @@ def _data(plan: Plan) -> Check:
     return Check(name="data", status="ok", seen=f"{plan.data}, {plan.data.stat().st_size / 2**20:.1f} MiB")
 
 
+def _exports(plan: Plan) -> Check:
+    check_exports(plan)
+    return Check(name="exports", status="ok", seen=f"GGUF {', '.join(plan.gguf) or 'none'}; MTP head {plan.mtp}")
+
+
 def _folders(plan: Plan) -> Check:
     for flag, path in (("--results", plan.results), ("--output", plan.output)):
         parent = existing_parent(path)
@@ -257,6 +262,7 @@ def run_checks(plan: Plan) -> list[Check]:
         _guarded("memory", lambda: _memory(plan)),
         _guarded("model", model),
         _guarded("data", lambda: _data(plan)),
+        _guarded("exports", lambda: _exports(plan)),
         _guarded("folders", lambda: _folders(plan)),
         _guarded("disk", lambda: _disk(plan, found[0])),
         _guarded("specs", lambda: _specs(plan)),

@@ -71,6 +71,9 @@ def call(place: Path, *arguments: str, env: dict[str, str] | None = None) -> sub
     (["analyze", "--data", "d.jsonl", "--model", "nobody/nothing"], 3, ["nobody/nothing", "cache"]),
     (["analyze", "--data", "d.jsonl", "--model", "tiny", "--results", "d.jsonl/r"], 3, ["--results"]),
     (["analyze", "--data", "d.jsonl", "--model", "tiny", "--backend", "docker"], 3, ["docker", "--backend local"]),
+    (["plan", "--data", "d.jsonl", "--model", "tiny", "--gguf", "q8_0,q4_k_m"], 2, ["q4_k_m", "quantiser", "bf16"]),
+    (["plan", "--data", "d.jsonl", "--model", "tiny", "--gguf", "q9"], 2, ["q9", "q8_0"]),
+    (["plan", "--data", "d.jsonl", "--model", "tiny", "--mtp", "trained"], 2, ["--mtp default", "--mtp skip"]),
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--device", "cuda"], 3, ["GPU", "--device cpu"]),
 ])
 def test_what_cannot_be_done(
@@ -129,7 +132,7 @@ def test_doctor(place: Path) -> None:
     told = json.loads(done.stdout)
     assert (done.returncode, told["ok"]) == (0, True), done.stdout
     assert [c["name"] for c in told["checks"]] == [
-        "python", "backend", "torch", "gpu", "memory", "model", "data", "folders", "disk", "specs"
+        "python", "backend", "torch", "gpu", "memory", "model", "data", "exports", "folders", "disk", "specs"
     ]
     done = call(place, "doctor", "--model", "nobody/nothing")
     assert done.returncode == 3

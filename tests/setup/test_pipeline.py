@@ -104,7 +104,8 @@ class ScriptedBackend(LocalBackend):
         plan = load_plan(run.plan)
         texts = {run.data_report: report().model_dump_json(), run.metrics: '{"step": 1, "loss": 2.5}\n',
                  run.summary: '{"made": "here"}'}
-        outputs = [(str(p), texts.get(p, stage)) for p in outputs_of(stage, run, plan)]
+        made = [run.mtp(plan.mtp)] if stage == "mtp" else outputs_of(stage, run, plan)
+        outputs = [(str(p), texts.get(p, stage)) for p in made]
         return [sys.executable, "-P", "-c", SCRIPT, stage, str(run.root), json.dumps(outputs), str(self.control),
                 plan.model]
 
@@ -185,6 +186,16 @@ def test_skipped_stages(plan: Plan, backend: ScriptedBackend) -> None:
     code, _ = run(plan.model_copy(update={"mtp": "skip", "gguf": []}))
     assert code == 0
     assert backend.calls() == ["prepare", "train", "merge", "evaluate", "report"]
+
+
+def test_a_base_without_an_mtp_head_goes_on(plan: Plan, backend: ScriptedBackend) -> None:
+    backend.behave({"mtp": {"nothing": True}})
+    code, said = run(plan)
+    assert code == 0, said
+    assert backend.calls() == list(STAGES)
+    assert not (plan.output / "one-mtp-default").exists()
+    assert resume(plan)[0] == 0
+    assert backend.calls() == list(STAGES), "nothing changed, nothing runs"
 
 
 def test_a_failure_is_explained_and_resumed(plan: Plan, backend: ScriptedBackend) -> None:

@@ -21,7 +21,7 @@ from sparktune.setup.export.convert_demo import demo_objection
 from sparktune.setup.export.evaluate import Prompt, gguf_answer, model_answers
 from sparktune.setup.export.evaluate import main as evaluate_main
 from sparktune.setup.export.generate import load
-from sparktune.setup.export.gguf import _Export, check_types, export_gguf, main, read_manifest
+from sparktune.setup.export.gguf import _Export, export_gguf, main, read_manifest
 from sparktune.setup.export.gguf_checks import check_file, judge, needed_bytes
 from sparktune.setup.export.gguf_map import from_gguf, to_gguf
 from sparktune.setup.export.merge import main as merge_main
@@ -29,6 +29,7 @@ from sparktune.setup.export.train_mtp_step import main as mtp_main
 from sparktune.setup.plan.config import save_plan
 from sparktune.setup.plan.errors import PreflightError, SparktuneError, UsageError
 from sparktune.setup.plan.events import NullEvents
+from sparktune.setup.plan.exports import check_gguf_types
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.schema import Plan
 
@@ -318,11 +319,11 @@ def test_a_bare_adapter_is_merged_and_exported(
 def test_types_that_need_a_compiler_are_refused_at_planning_time(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_types(["bf16", "f16", "f32", "q8_0"])
+    check_gguf_types(["bf16", "f16", "f32", "q8_0"])
     for types, says in ((["q8_0", "q4_k_m"], "q4_k_m needs llama.cpp's compiled quantiser.*later release"),
                         (["Q6_K"], "compiled quantiser"), (["q9"], "got 'q9'"), (["bf16", "bf16"], "once")):
         with pytest.raises(UsageError, match=says):
-            check_types(types)
+            check_gguf_types(types)
     assert main(["--model", str(run), "--out", str(tmp_path / "x"), "--types", "q4_k_m"]) == 2
     assert "later release" in capsys.readouterr().err
 
