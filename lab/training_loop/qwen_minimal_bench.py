@@ -277,14 +277,14 @@ def main() -> int:
         print("Path B does not agree with transformers, so nothing is timed.", file=sys.stderr)
         return 1
     first = None
-    print(f"{'row':34s} {'step ms':>9s} {'tok/s':>9s} {'peak GiB':>9s} {'speed-up':>9s}")
+    print(f"{'row':34s} {'step ms':>9s} {'tok/s':>9s} {'reserved GiB':>13s} {'speed-up':>9s}")
     for row in options.rows:
         free()
         step = step_of(row, folder, shape, options)
         times = measure_steps(NAMES[row], step, options.tokens * options.accum, warmup=options.warmup,
                               steps=options.steps)
         first = first or times.tok_per_s
-        print(f"{NAMES[row]:34s} {times.step_ms_p50:9.1f} {times.tok_per_s:9,.0f} {times.peak_gib:9.2f} "
+        print(f"{NAMES[row]:34s} {times.step_ms_p50:9.1f} {times.tok_per_s:9,.0f} {times.reserved_gib:13.2f} "
               f"{times.tok_per_s / first:8.2f}x", flush=True)
         append_row(options.csv, times, bench="qwen_minimal_bench", mode=options.mode, layers=shape.layers,
                    tokens=options.tokens, accum=options.accum, rank=options.rank if options.mode == "lora" else 0)
