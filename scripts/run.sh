@@ -35,7 +35,7 @@ hub=${HF_HOME:-$HOME/.cache/huggingface}
 # made here: what the engine makes itself belongs to root
 mkdir -p "$cache/home" "$cache/tokens" "$cache/llama.cpp" "$hub"
 
-flags=(--rm --ipc=host --ulimit memlock=-1 --ulimit stack=67108864
+flags=(--rm --ipc=host
        --user "$(id -u):$(id -g)" --label org.sparktune.run="$data" --name "sparktune-shell-$$" --workdir /data
        --cap-drop ALL --security-opt no-new-privileges
        --volume "$data:/data" --volume "$cache:/cache/sparktune" --volume "$hub:/cache/huggingface"
@@ -43,7 +43,9 @@ flags=(--rm --ipc=host --ulimit memlock=-1 --ulimit stack=67108864
        --env HF_HOME=/cache/huggingface --env TRITON_CACHE_DIR=/cache/sparktune/home/triton
        --env TORCHINDUCTOR_CACHE_DIR=/cache/sparktune/home/inductor)
 if command -v docker-init >/dev/null; then flags+=(--init); fi  # a package of its own on some systems
-if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then flags+=(--gpus all); fi
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+  flags+=(--gpus all --ulimit memlock=-1 --ulimit stack=67108864)  # pinned memory counts as locked
+fi
 # -t without a terminal on standard input fails ("the input device is not a TTY"), whatever standard output is
 if [ -t 0 ]; then flags+=(--interactive --tty); fi
 # the token by file: as a variable or an argument it would show in docker inspect and ps

@@ -29,6 +29,7 @@ CHECKOUT = "/opt/sparktune"
 _POLL_S = 0.1
 _STATUS_S = 0.5
 _STOP_S = 60
+_STACK = 64 * 2**20
 _CODE_SIGKILLED = 137
 
 
@@ -84,6 +85,8 @@ def container_options(
         gpus: give the container every GPU.
         image: tag of the image.
     """
+    from docker.types import DeviceRequest, Ulimit
+
     mounts = mounts_of(run, plan)
     for folder, mode in mounts.items():
         if mode == "rw":
@@ -112,11 +115,12 @@ def container_options(
         # the run folder holds no `specs`, which gcc would read while Triton compiles
         "working_dir": str(run.root), "ipc_mode": "host", "stdin_open": False, "tty": False,
         "network_mode": network_for_downloads(client) if network else "none",
-        "ulimits": [{"Name": "memlock", "Soft": -1, "Hard": -1}, {"Name": "stack", "Soft": 67108864, "Hard": 67108864}],
         "cap_drop": ["ALL"], "security_opt": ["no-new-privileges"],
     }
     if gpus:
-        options["device_requests"] = [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]
+        options["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
+        # pinned memory counts as locked memory, of which the default allows 64 KiB
+        options["ulimits"] = [Ulimit(name="memlock", soft=-1, hard=-1), Ulimit(name="stack", soft=_STACK, hard=_STACK)]
     return options
 
 
@@ -187,13 +191,9 @@ class DockerBackend:
 
     def _create(self, options: dict[str, Any]) -> Any:
         from docker.errors import APIError
-        from docker.types import DeviceRequest, Ulimit
 
-        limits = [Ulimit(name=u["Name"], soft=u["Soft"], hard=u["Hard"]) for u in options.pop("ulimits")]
-        devices = [DeviceRequest(count=d["Count"], capabilities=d["Capabilities"])
-                   for d in options.pop("device_requests", [])]
         try:
-            return self._client.containers.create(**options, ulimits=limits, device_requests=devices or None)
+            return self._client.containers.create(**options)
         except APIError as error:
             raise PreflightError(
                 f"The engine would not make a container: {error.explanation or error}. "
