@@ -114,6 +114,8 @@ def choose_recompute(
         return plan.recompute, "as asked for"
     if machine.device == "cpu":
         return "none", "a CPU has memory to spare and no cycles"
+    if plan.engine == "unsloth":
+        return "layer", "Unsloth's own checkpointing, its default"
     chosen, tried = cheapest_policy(plan, spec, report, machine)
     peaks = ", ".join(f"{estimate.policy} {estimate.total_gib:.1f}" for estimate in tried)
     verdict = "computes least again of what fits" if chosen.total_gib <= machine.memory_gib else "no policy fits"

@@ -47,7 +47,7 @@ def recommend(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machi
             plan = plan.model_copy(update={field: value})
 
     propose("device", machine.device, _device_reason(machine), "measured on this machine")
-    for step in (_dtype, _engine, _mode, _optimizer, _rank, _alpha, _learning_rate, _pack_length, _accumulation):
+    for step in (_dtype, _mode, _engine, _optimizer, _rank, _alpha, _learning_rate, _pack_length, _accumulation):
         for item in step(plan, spec, report, machine):
             propose(*item)
     steps = planned_steps(plan, report)
@@ -103,6 +103,8 @@ def _dtype(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine)
 
 
 def _engine(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
+    if plan.mode == "qlora" and plan.device == "cuda":
+        return [("engine", "unsloth", "only the Unsloth engine trains over a 4-bit base", _HOUSE)]
     if spec.native:
         return [("engine", "native", f"the native engine knows {spec.model_type}, and packs it without leaks", _HOUSE)]
     if plan.device == "cuda":

@@ -47,6 +47,11 @@ def test_a_gpu_recomputes_as_little_as_fits() -> None:
     assert "no policy fits" in choose_recompute(PLAN, SPEC, REPORT, gpu(0.5))[1]
 
 
+def test_unsloth_keeps_its_own_default() -> None:
+    plan = PLAN.model_copy(update={"engine": "unsloth"})
+    assert choose_recompute(plan, SPEC, REPORT, gpu(1000)) == ("layer", "Unsloth's own checkpointing, its default")
+
+
 def test_unified_memory_keeps_a_reserve() -> None:
     assert reserve_gib(120) == pytest.approx(6.0)
     assert reserve_gib(16) == 4.0

@@ -76,6 +76,16 @@ def test_a_measured_peak() -> None:
     assert estimate.total_gib > estimate.allocator_gib + estimate.graphs_gib
 
 
+@pytest.mark.parametrize(("policy", "measured_gib"), [("layer", 10.7), ("none", 22.4)])
+def test_unsloths_measured_peaks(policy: str, measured_gib: float) -> None:
+    # H200, unsloth 2026.5.2, the same model and tokens: its checkpointing, and none.
+    spec = spec_from_config(CATALOGUE["Qwen/Qwen3.5-2B"], "Qwen/Qwen3.5-2B")
+    plan = Plan(mode="lora", lora_r=128, gradient_accumulation=2, recompute=policy, engine="unsloth")
+    estimate = predict_peak(plan, spec, H200, tokens=5376, longest=5376, supervised=1882)
+    assert estimate.allocator_gib == pytest.approx(measured_gib, rel=0.07)
+    assert estimate.graphs_gib == 0.0
+
+
 def test_the_allocator_rounds() -> None:
     mib = 2**20
     assert allocated(1) == 512
