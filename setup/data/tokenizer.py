@@ -117,6 +117,13 @@ def load_tokenizer(source: str) -> ChatTokenizer:
             f"{type(tokenizer).__name__} without one. Convert it with AutoTokenizer(...).save_pretrained."
         )
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    special = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if backend.get_vocab(with_added_tokens=False).keys() <= special:
+        # without tokenizer.json transformers builds an empty one from the config: every text would become nothing
+        raise DataError(
+            f"The tokenizer of {source} should have a vocabulary; it has special tokens only: tokenizer.json is "
+            "missing or empty. Copy tokenizer.json there from the model it belongs to."
+        )
     backend.no_truncation()
     backend.no_padding()
     # A ByteLevel post-processor may trim the offsets of leading spaces; a bare template leaves them exact.

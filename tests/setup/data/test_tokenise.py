@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import os
 import subprocess
 import sys
@@ -79,6 +80,17 @@ def test_rows_become_examples_in_the_files_order(run, make_plan, chat_tokenizer)
     assert report.supervised_tokens == int(data.train.supervised_counts.sum())
     assert report.lengths.total == len(data.train.ids)
     assert report.cache_key == data.train.key
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(tokenizer_folder, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(tokenizer_folder("qwen25"), folder)
+    (folder / "tokenizer.json").unlink()
+    # with this class transformers makes an empty tokenizer, for which every text is no token at all
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"bare should have a vocabulary.*Copy tokenizer.json"):
+        load_tokenizer(str(folder))
 
 
 def test_text_rows_begin_and_end_as_the_tokenizer_says(make_plan, spec, tokenizer_folder, tmp_path, cache_home):
