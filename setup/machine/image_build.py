@@ -118,9 +118,10 @@ def _answers(argv: list[str]) -> bool:
 
 
 def steps_of(dockerfile: Path) -> int:
-    """Counts the steps that a builder reports: one for every FROM, RUN, COPY and WORKDIR."""
+    """Counts the steps that BuildKit reports: every RUN, COPY and WORKDIR, and each base once."""
     text = dockerfile.read_text(encoding="utf-8")
-    return len(re.findall(r"^(?:FROM|RUN|COPY|WORKDIR)\s", text, flags=re.M))
+    bases = set(re.findall(r"^FROM\s+(\S+)", text, flags=re.M))
+    return len(bases) + len(re.findall(r"^(?:RUN|COPY|WORKDIR)\s", text, flags=re.M))
 
 
 @dataclass
