@@ -134,7 +134,7 @@ SIGNATURES: tuple[Signature, ...] = (
        "Start from a folder that holds none."),
     _s("no-tty", r"the input device is not a TTY|Input is not a terminal \(fd=0\)",
        "A terminal was asked for and standard input is none.", "Add --non-interactive.", "prompt-toolkit#1639"),
-    _s("other-machine", r"DistStoreError: \d+/\d+ clients joined", "The other machine never came up.",
+    _s("other-machine", r"DistStoreError.*\d+/\d+ clients joined", "The other machine never came up.",
        "Check the cable and NCCL_SOCKET_IFNAME (the Up interface of ibdev2netdev).", "unsloth#10280"),
 )
 
