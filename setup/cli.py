@@ -35,6 +35,7 @@ from sparktune.setup.plan.errors import ExitCode, SparktuneError, UsageError
 from sparktune.setup.plan.memory import check_fits
 from sparktune.setup.plan.rundir import RunDir, cache_dir
 from sparktune.setup.plan.schema import Plan
+from sparktune.setup.plan.trainable import check_trainable
 from sparktune.setup.progress import make_display
 from sparktune.setup.replay import replay_command
 from sparktune.setup.runstate import RunState, stages_of
@@ -130,6 +131,7 @@ def _plan(session: _Session) -> int:
     def show(plan: Plan, analysis: Analysis) -> None:
         check_name_free(plan)
         plan, recommendations = decide(plan, analysis)
+        check_trainable(plan, analysis.spec)
         estimate = check_fits(plan, analysis.spec, analysis.report, analysis.machine)
         if session.arguments.json_out:
             session.print_json({

@@ -31,6 +31,7 @@ from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.recommend import apply, recommend
 from sparktune.setup.plan.rundir import RunDir, check_run_name
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan, Recommendation
+from sparktune.setup.plan.trainable import check_trainable
 from sparktune.setup.progress import Display, PlainDisplay, make_display
 from sparktune.setup.replay import replay_command
 from sparktune.setup.runstate import RunLock, RunState, fingerprint, outputs_of, stage_input, stages_of
@@ -215,6 +216,7 @@ def run_pipeline(
             analysis = analysis or analyse(plan, display, stop, count)
             try:
                 plan, recommendations = decide(plan, analysis)
+                check_trainable(plan, analysis.spec)
                 check_fits(plan, analysis.spec, analysis.report, analysis.machine)
                 plan, run = _name_run(plan, analysis)
             except BaseException:

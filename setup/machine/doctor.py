@@ -202,6 +202,11 @@ def _folders(plan: Plan) -> Check:
                 probe_file.write(b"x")
         except OSError as error:
             return Check(name="folders", status="failed", seen=f"{parent}: {error.strerror}", fix=fix)
+    if plan.results.resolve() == plan.output.resolve():
+        return Check(
+            name="folders", status="failed", seen=f"{plan.results} is given as --results and as --output",
+            fix="Both keep a folder named after the run; choose two different ones.", exit_code=ExitCode.USAGE,
+        )
     return Check(name="folders", status="ok", seen=f"{plan.results} and {plan.output} can be written")
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a space in its name, the tiny model, fifty rows, and three rows of which one is broken."""
     folder = tmp_path_factory.mktemp("a place")
     make_model(folder / "tiny")
+    shutil.copytree(folder / "tiny", folder / "alien")
+    config = json.loads((folder / "alien" / "config.json").read_text())
+    (folder / "alien" / "config.json").write_text(json.dumps({**config["text_config"], "model_type": "alien"}))
     write_smoke(folder / "d.jsonl")
     (folder / "bad.jsonl").write_text('{"text": "a b c d"}\nnot json\n{"text": "e f g h"}\n')
     return folder
@@ -74,6 +78,12 @@ def call(place: Path, *arguments: str, env: dict[str, str] | None = None) -> sub
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--gguf", "q8_0,q4_k_m"], 2, ["q4_k_m", "quantiser", "bf16"]),
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--gguf", "q9"], 2, ["q9", "q8_0"]),
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--mtp", "trained"], 2, ["--mtp default", "--mtp skip"]),
+    (["plan", "--data", "d.jsonl", "--model", "tiny", "--results", "x", "--output", "./x"], 2, ["--results", "two"]),
+    (["plan", "--data", "d.jsonl", "--model", "tiny", "--target-modules", "q_prj"], 2, ["q_prj", "in_proj_z"]),
+    (["plan", "--data", "d.jsonl", "--model", "tiny", "--mode", "qlora"], 3, ["CUDA", "--mode lora"]),
+    (["plan", "--data", "d.jsonl", "--model", "tiny", "--engine", "unsloth"], 3, ["CUDA", "--engine native"]),
+    (["plan", "--data", "d.jsonl", "--model", "tiny", "--optimizer", "adamw_8bit"], 3, ["CUDA", "--optimizer adamw"]),
+    (["plan", "--data", "d.jsonl", "--model", "alien"], 3, ["alien", "CUDA", "--engine unsloth"]),
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--device", "cuda"], 3, ["GPU", "--device cpu"]),
 ])
 def test_what_cannot_be_done(

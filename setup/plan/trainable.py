@@ -1,0 +1,56 @@
+"""What can be known to fail in training as soon as a plan is complete: refused then, before a run takes its name."""
+
+from __future__ import annotations
+
+from sparktune.setup.plan.errors import PreflightError, UsageError
+from sparktune.setup.plan.memory import projection_shapes
+from sparktune.setup.plan.schema import ModelSpec, Plan
+
+__all__ = ["check_trainable"]
+
+_SMALL_GDN = ("in_proj_a", "in_proj_b")
+
+
+def check_trainable(plan: Plan, spec: ModelSpec) -> None:
+    """Refuses a complete plan that no engine can train on its device. What only a GPU's process knows is left to it.
+
+    Args:
+        plan: with every recommendation applied.
+        spec: the model's shape.
+
+    Raises:
+        PreflightError: the model, method, engine or optimiser needs a CUDA GPU, and a CPU is to train.
+        UsageError: --target-modules names a projection that the model does not have.
+    """
+    if plan.device == "cpu":
+        _check_cpu(plan, spec)
+    if plan.mode != "full" and plan.target_modules is not None and spec.native:
+        valid = (*projection_shapes(spec), *(_SMALL_GDN if "linear_attention" in spec.layer_types else ()))
+        unknown = [name for name in plan.target_modules if name not in valid]
+        if unknown or not plan.target_modules:
+            raise UsageError(
+                f"--target-modules should name projections of {plan.model}: {', '.join(valid)}; "
+                f"got {', '.join(unknown) or 'an empty list'}."
+            )
+
+
+def _check_cpu(plan: Plan, spec: ModelSpec) -> None:
+    if not spec.native:
+        raise PreflightError(
+            f"{plan.model} cannot be trained on a CPU: {spec.native_reason}. Such a model needs --engine unsloth and a "
+            "CUDA GPU."
+        )
+    if plan.engine == "unsloth":
+        raise PreflightError(
+            "--engine unsloth needs a CUDA GPU; a CPU is to train here. Use --engine native, which knows "
+            f"{spec.model_type}."
+        )
+    if plan.mode == "qlora":
+        raise PreflightError(
+            "--mode qlora needs a CUDA GPU with 4-bit kernels; a CPU is to train here. Use --mode lora."
+        )
+    if plan.optimizer != "adamw":
+        raise PreflightError(
+            f"--optimizer {plan.optimizer} keeps 8-bit moments, which need a CUDA GPU; a CPU is to train here. "
+            "Use --optimizer adamw."
+        )
