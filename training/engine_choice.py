@@ -112,7 +112,7 @@ def _machine() -> Machine:
 
 
 def engine_of_command(flags: Mapping[str, Any], config: Path | None, env: Mapping[str, str]) -> Choice | None:
-    """Returns the engine that a command line leads to, None where the session will refuse it anyway.
+    """Returns the engine that a command line leads to; None where the session may settle or refuse it by itself.
 
     Args:
         flags: plan fields given on the command line.
@@ -130,11 +130,13 @@ def engine_of_command(flags: Mapping[str, Any], config: Path | None, env: Mappin
             engine = plan.engine
         if engine != "auto":
             return Choice(engine=engine, reason="as asked for")
+        installed = importlib.util.find_spec("unsloth") is not None
+        if not installed or plan.data is None:
+            return None  # nothing to import first, and probing a model may ask the hub
         if plan.device == "cpu":
             machine = Machine(device="cpu", memory_gib=0.0, cpu_cores=1, disk_free_gib=0.0)
         else:
             machine = _machine()
-        installed = importlib.util.find_spec("unsloth") is not None
         # as setup/plan/recommend.py decides for a run of the whole journey, whose rows hold several documents
         return choose_engine(
             probe(plan.model), machine, MEASURED, mode=plan.mode, unsloth_installed=installed, unmeasured="native"

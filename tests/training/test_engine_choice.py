@@ -68,7 +68,10 @@ def test_a_command_line_is_read_before_torch(tiny_model: Path, monkeypatch: pyte
     from_env = engine_of_command(flags, None, {"SPARKTUNE_ENGINE": "unsloth"})
     assert from_env is not None
     assert from_env.engine == "unsloth"
+    assert engine_of_command(flags, None, {}) is None  # unsloth is not installed: nothing to import first
     monkeypatch.setattr(engine_choice, "_machine", lambda: GPU)
+    monkeypatch.setattr(engine_choice.importlib.util, "find_spec", lambda name: object())
+    assert engine_of_command({"model": str(tiny_model)}, None, {}) is None  # no data: the session says so
     left_open = engine_of_command(flags, None, {})
     assert left_open is not None
     assert left_open.engine == "native"
