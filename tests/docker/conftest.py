@@ -175,7 +175,10 @@ def client(engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> A
 def checkout(tmp_path: Path) -> Path:
     """A copy of the checkout whose stacks stand on the stub base."""
     target = tmp_path / "checkout"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
+        text=True, check=True,
+    ).stdout
     for name in listed.split("\0"):
         source = ROOT / name
         if not name or name.startswith(("tests/", "docs/", "lab/")) or not (source.is_symlink() or source.exists()):
