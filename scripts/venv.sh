@@ -33,7 +33,12 @@ done_already() { printf '%s\n' "$root/$venv/bin/python"; exit 0; }
 if ready; then done_already; fi
 
 command -v flock >/dev/null || { say "venv.sh: the command flock is missing. Install it: sudo apt-get install util-linux"; exit 3; }
-mkdir -p .venvs || { say "venv.sh: cannot make $root/.venvs. Make the folder writable."; exit 3; }
+mkdir -p .venvs 2>/dev/null || { say "venv.sh: cannot make $root/.venvs. Make the folder writable."; exit 3; }
+if ! [ -w .venvs ] || { [ -e .venvs/.lock ] && ! [ -w .venvs/.lock ]; }; then
+  say "venv.sh: the $name environment has to be made, but $root/.venvs cannot be written by $(id -un)."
+  say "Start once as the user that owns it, or make a checkout of your own."
+  exit 3
+fi
 exec 9> .venvs/.lock
 if ! flock -n 9; then
   say "Another start is installing an environment here; waiting for it."

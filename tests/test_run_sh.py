@@ -143,6 +143,23 @@ def test_no_suitable_python(checkout: Path, tmp_path: Path) -> None:
     assert "Python 3.9.2" in done.stderr
 
 
+def test_somebody_elses_checkout(checkout: Path, tmp_path: Path) -> None:
+    (checkout / ".venvs" / "wizard" / ".stamp").unlink()
+    (checkout / ".venvs").chmod(0o555)
+    # root may write everywhere, so there this start is nobody's, who has to get to the script
+    for folder in (checkout, tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"] if os.getuid() == 0 else []
+    done = subprocess.run(
+        [*nobody, str(checkout / "scripts" / "venv.sh"), "wizard"], cwd="/", capture_output=True, text=True,
+        check=False,
+    )
+    (checkout / ".venvs").chmod(0o755)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert f"{checkout}/.venvs cannot be written by" in done.stderr
+    assert "Permission denied" not in done.stderr
+
+
 def test_an_unknown_environment(tmp_path: Path) -> None:
     done = run(ROOT / "scripts" / "venv.sh", "gpu", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
