@@ -119,7 +119,8 @@ if ! [ -x "$venv/bin/python" ]; then
 fi
 pip=("$venv/bin/python" -m pip)
 
-watched "installing locked packages" "${pip[@]}" install --require-hashes -r "$lock" || failed "installing $lock"
+# The lock is complete but for torch, which accelerate asks for: nothing is resolved here.
+watched "installing locked packages" "${pip[@]}" install --no-deps --require-hashes -r "$lock" || failed "installing $lock"
 torch=$(sed -n 's/^torch==\([0-9][0-9.]*\).*/\1/p' requirements/torch.txt)
 case $flavour in
   none) ;;
