@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparktune.setup.data.cache import TokenDataset
-from sparktune.setup.data.read import Row, read_rows
+from sparktune.setup.data.read import first_questions
 from sparktune.setup.data.render import ChatRenderer
 from sparktune.setup.data.tokenizer import ChatTokenizer
 from sparktune.setup.plan.schema import Plan
@@ -45,26 +45,12 @@ def sample_prompts(plan: Plan, tokenizer: ChatTokenizer, held_out: TokenDataset 
             prompts[int(held_out.lines[index])] = prompt
         if len(prompts) == _HELD_OUT_PROMPTS:
             break
-    asked = _user_messages(plan, set(prompts))
+    path = plan.eval_data or plan.data
+    asked = first_questions(path, set(prompts), plan.text_field) if path else {}
     return [
         SamplePrompt(text=asked.get(line) or tokenizer.decode(ids, skip_special_tokens=True).strip(), ids=ids)
         for line, ids in prompts.items()
     ]
-
-
-def _user_messages(plan: Plan, lines: set[int]) -> dict[int, str]:
-    """Returns line -> the first thing the user says there, for people to read."""
-    path = plan.eval_data or plan.data
-    found: dict[int, str] = {}
-    if path is None or not lines:
-        return found
-    for row in read_rows(path, plan.text_field):
-        if row.line > max(lines):
-            break
-        if row.line in lines and isinstance(row, Row) and row.messages:
-            asked = [m["content"] for m in row.messages if m["role"] == "user"]
-            found[row.line] = str(asked[0]) if asked else ""
-    return found
 
 
 def stop_ids(tokenizer: ChatTokenizer, train: TokenDataset) -> list[int]:

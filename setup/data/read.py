@@ -17,7 +17,7 @@ from sparktune.setup.data.formats import RowRefused, normalise
 from sparktune.setup.plan.errors import DataError
 from sparktune.setup.plan.schema import RowProblem
 
-__all__ = ["MAX_LINE_BYTES", "FileFacts", "Row", "file_facts", "read_rows"]
+__all__ = ["MAX_LINE_BYTES", "FileFacts", "Row", "file_facts", "first_questions", "read_rows"]
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is refused: it bounds the reader's memory, and no example of that size can be trained on."""
@@ -104,6 +104,27 @@ def read_rows(path: Path, text_field: str = "text") -> Iterator[Row | RowProblem
             yield _row(line, data, text_field)
     if not rows:
         raise DataError(f"{path} should hold one JSON object a line; it holds none: the file is empty.")
+
+
+def first_questions(path: Path, lines: set[int], text_field: str = "text") -> dict[int, str]:
+    """Returns line -> the first thing a user says there, as people read it; lines without one are left out.
+
+    Args:
+        path: the file.
+        lines: line numbers, from 1; reading ends at the last of them.
+        text_field: see `read_rows`.
+
+    Raises:
+        DataError: see `read_rows`.
+    """
+    found: dict[int, str] = {}
+    for row in read_rows(path, text_field) if lines else ():
+        if row.line > max(lines):
+            break
+        if row.line in lines and isinstance(row, Row):
+            asked = [m["content"] for m in row.messages or [] if m["role"] == "user" and m["content"].strip()]
+            found.update({row.line: asked[0]} if asked else {})
+    return found
 
 
 def _open(path: Path) -> BinaryIO:

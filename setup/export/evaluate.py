@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from sparktune.setup.data.cache import TokenDataset
+from sparktune.setup.data.read import first_questions
 from sparktune.setup.data.render import ChatRenderer
 from sparktune.setup.data.tokenise import prepare
 from sparktune.setup.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -45,24 +46,29 @@ class Prompt:
     """One prompt."""
 
     text: str
-    """As shown: the user's message, or the held-out example's rendered text without special tokens."""
+    """As shown: the user's message; of a held-out example without one its rendered text without special tokens."""
     ids: tuple[int, ...]
     """As the model gets it, generation prompt included."""
 
 
-def _held_out(dataset: TokenDataset | None, tokenizer: ChatTokenizer, seen: set[str]) -> list[Prompt]:
-    found: list[Prompt] = []
+def _held_out(
+    plan: Plan, dataset: TokenDataset | None, tokenizer: ChatTokenizer, seen: set[str]
+) -> list[Prompt]:
+    found: dict[int, tuple[int, ...]] = {}
     for index in range(min(len(dataset) if dataset is not None else 0, _EXAMPLES_READ)):
         assert dataset is not None
         ids, supervised = dataset[index]
         learned = np.flatnonzero(supervised)
         if len(learned) and 0 < learned[0] <= _LONGEST_PROMPT and len(found) < _HELD_OUT_PROMPTS:
             prompt = tuple(int(i) for i in ids[: learned[0]])
-            text = tokenizer.decode(prompt, skip_special_tokens=True).strip()
-            if text not in seen:
-                seen.add(text)
-                found.append(Prompt(text=text, ids=prompt))
-    return found
+            if prompt not in found.values():
+                found[int(dataset.lines[index])] = prompt
+    path = plan.eval_data or plan.data
+    asked = first_questions(path, set(found), plan.text_field) if path else {}
+    texts = {
+        line: asked.get(line) or tokenizer.decode(ids, skip_special_tokens=True).strip() for line, ids in found.items()
+    }
+    return [Prompt(text=texts[line], ids=ids) for line, ids in found.items() if texts[line] not in seen]
 
 
 def choose_prompts(plan: Plan, tokenizer: ChatTokenizer, held_out: TokenDataset | None) -> list[Prompt]:
@@ -82,7 +88,7 @@ def choose_prompts(plan: Plan, tokenizer: ChatTokenizer, held_out: TokenDataset 
         for text in dict.fromkeys(plan.sample_prompts):
             ids = tuple(int(i) for i in renderer.prompt_ids([{"role": "user", "content": text}]))
             prompts.append(Prompt(text=text, ids=ids))
-    return prompts + _held_out(held_out, tokenizer, {p.text for p in prompts})
+    return prompts + _held_out(plan, held_out, tokenizer, {p.text for p in prompts})
 
 
 def _device(plan: Plan) -> str:

@@ -484,3 +484,21 @@ def test_held_out_prompts_end_where_the_answer_begins() -> None:
     data = TokenDataset(ids, supervised, np.array([0, 4, 7, 10]), np.array([1, 2, 3]), "k")
     prompts = evaluate.choose_prompts(Plan(), Words(), data)
     assert [p.ids for p in prompts] == [(1, 2)], "repeated prompts and rows that learn from the start give none"
+
+
+def test_held_out_prompts_are_shown_as_the_user_asked_them(tmp_path: Path) -> None:
+    from sparktune.setup.data.cache import TokenDataset
+
+    class Words:
+        def decode(self, ids: tuple[int, ...], skip_special_tokens: bool = False) -> str:
+            return "rendered"
+
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How much?"},
+             {"role": "assistant", "content": "Two."}]
+    rows = [{"text": "plain"}, {"messages": turns}, {"prompt": " ", "completion": "Three."}]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids, supervised = np.arange(6, dtype=np.uint32), np.array([0, 0, 1, 0, 0, 1], dtype=np.uint8)
+    data = TokenDataset(ids, supervised, np.array([0, 3, 6]), np.array([2, 3]), "k")
+    prompts = evaluate.choose_prompts(Plan(data=path), Words(), data)
+    assert [(p.text, p.ids) for p in prompts] == [("How much?", (0, 1)), ("rendered", (3, 4))]
