@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes one of the project's Python environments from its lock file, once, and says where its Python is.
-# usage: scripts/venv.sh wizard|local|dev      (prints the interpreter's path on standard output)
+# usage: scripts/venv.sh wizard|local|dev [if-made]     (prints the interpreter's path on standard output)
 #
 # wizard: the journey's host side, no torch. local: training on this machine. dev: local and the tests' tools.
+# if-made: makes nothing; exits 1 where there is no such environment.
 # A stamp keyed by the lock file makes every later call a matter of milliseconds. An interrupted install is redone.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -31,6 +32,9 @@ wanted=$( { printf 'recipe 2 %s %s\n' "$flavour" "$root"; cat -- "$lock" require
 ready() { [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.stamp" 2>/dev/null)" = "$wanted" ]; }
 done_already() { printf '%s\n' "$root/$venv/bin/python"; exit 0; }
 if ready; then done_already; fi
+[ "${2:-}" != if-made ] || exit 1
+# The local environment holds everything of the wizard's: after a run on this machine there is nothing to install.
+if [ "$name" = wizard ] && "$root/scripts/venv.sh" local if-made 2>/dev/null; then exit 0; fi
 
 command -v flock >/dev/null || { say "venv.sh: the command flock is missing. Install it: sudo apt-get install util-linux"; exit 3; }
 mkdir -p .venvs 2>/dev/null || { say "venv.sh: cannot make $root/.venvs. Make the folder writable."; exit 3; }

@@ -58,6 +58,12 @@ def stamp(root: Path, name: str) -> str:
     return done.stdout + "\n"
 
 
+def unmake(checkout: Path) -> None:
+    """Lets every environment count as not made."""
+    for stamp_file in (checkout / ".venvs").glob("*/.stamp"):
+        stamp_file.unlink()
+
+
 def test_shellcheck_finds_nothing() -> None:
     shellcheck = Path(sys.executable).parent / "shellcheck"
     done = subprocess.run(
@@ -102,6 +108,20 @@ def test_a_made_environment_is_found_in_no_time(checkout: Path, tmp_path: Path) 
     assert time.monotonic() - begin < 2, "about 10 ms where nothing else runs"
 
 
+def test_the_local_environment_serves_the_wizard_too(checkout: Path, tmp_path: Path) -> None:
+    local = [line.split()[0] for line in (ROOT / "requirements/local.lock").read_text().splitlines() if "==" in line]
+    wizard = [line.split()[0] for line in (ROOT / "requirements/wizard.lock").read_text().splitlines() if "==" in line]
+    assert wizard
+    assert set(wizard) <= set(local)
+    (checkout / ".venvs" / "wizard" / ".stamp").unlink()
+    done = run(checkout / "run.sh", "runs", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == str(checkout / ".venvs" / "local" / "bin" / "python")
+    (checkout / ".venvs" / "local" / ".stamp").unlink()
+    done = run(checkout / "scripts" / "venv.sh", "local", "if-made", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
 def test_a_changed_lock_or_an_interrupted_install_is_redone(checkout: Path, tmp_path: Path) -> None:
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
@@ -111,7 +131,7 @@ def test_a_changed_lock_or_an_interrupted_install_is_redone(checkout: Path, tmp_
     python.chmod(0o755)
     env = {"PATH": f"{bin_dir}:{os.environ['PATH']}"}
     venv = checkout / ".venvs" / "wizard"
-    (venv / ".stamp").unlink()
+    unmake(checkout)
     (venv / ".incomplete").touch()
     (venv / "half-written").touch()
     done = run(checkout / "scripts" / "venv.sh", "wizard", cwd=tmp_path, env=env)
@@ -136,7 +156,7 @@ def test_no_suitable_python(checkout: Path, tmp_path: Path) -> None:
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && { echo "Python 3.9.2"; exit 0; }\nexit 1\n')
     old.chmod(0o755)
     (checkout / ".venvs" / "wizard" / ".incomplete").touch()
-    (checkout / ".venvs" / "wizard" / ".stamp").unlink()
+    unmake(checkout)
     done = run(checkout / "run.sh", "doctor", cwd=tmp_path, env={"PATH": str(bin_dir)})
     assert done.returncode == 3
     assert "3.11" in done.stderr
@@ -144,7 +164,7 @@ def test_no_suitable_python(checkout: Path, tmp_path: Path) -> None:
 
 
 def test_somebody_elses_checkout(checkout: Path, tmp_path: Path) -> None:
-    (checkout / ".venvs" / "wizard" / ".stamp").unlink()
+    unmake(checkout)
     (checkout / ".venvs").chmod(0o555)
     # root may write everywhere, so there this start is nobody's, who has to get to the script
     for folder in (checkout, tmp_path, tmp_path.parent, tmp_path.parent.parent):
@@ -166,7 +186,7 @@ def test_an_unknown_environment(tmp_path: Path) -> None:
 
 
 def test_starts_wait_for_one_another(checkout: Path, tmp_path: Path) -> None:
-    (checkout / ".venvs" / "wizard" / ".stamp").unlink()
+    unmake(checkout)
     with (checkout / ".venvs" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         waiting = subprocess.Popen(
@@ -187,7 +207,7 @@ def test_progress_keeps_to_one_line_of_the_terminal(checkout: Path, tmp_path: Pa
     # a pip whose last line is long, in a terminal 60 columns wide
     python = checkout / ".venvs" / "wizard" / "bin" / "python"
     python.write_text('#!/bin/sh\necho "Installing collected packages: $(seq -s , 1 90)"\nsleep 1.2\n')
-    (checkout / ".venvs" / "wizard" / ".stamp").unlink()
+    unmake(checkout)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     done = subprocess.Popen(
