@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["MARKER_FILE", "is_made_as", "make_model", "mtp_shapes"]
 
 MARKER_FILE = "sparktune-demo.json"
-_RECIPE_VERSION = 3
+_RECIPE_VERSION = 4
 _SHARD_BYTES = 4 * 2**20
 
 
