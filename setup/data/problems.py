@@ -99,6 +99,9 @@ def judge(path: Path, tally: FileTally, bad_row_limit: float, over_length: str, 
             "Raise --max-seq-length, or pass --over-length drop."
         )
     if not tally.kept:
+        too_long = tally.dropped["over_length"]
+        advice = "Raise --max-seq-length, or pass --over-length truncate." if too_long else "Mend these rows."
         raise DataError(
-            f"{path} should hold at least one usable example; none of its {tally.rows:,} rows is.\n{tally.listing()}"
+            f"{path} should hold at least one usable example; none of its {tally.rows:,} rows is.\n{tally.listing()}\n"
+            f"{advice}"
         )

@@ -176,7 +176,7 @@ def export_gguf(
         if export.demo:
             events.choice("gguf pre-tokenizer", "qwen35", f"{MARKER}: the demo made this tokenizer by Qwen3.5's rule")
         files = []
-        with build_folder(out_dir, needs_bytes=sum(sizes.values()), what="The GGUF files", replace=replace) as folder:
+        with build_folder(out_dir, needs_bytes=sum(sizes.values()), what="The GGUF export", replace=replace) as folder:
             for kind in types:
                 partial = folder / (gguf_name(name, kind) + ".partial")
                 export.convert(partial, kind, name, sizes[kind])

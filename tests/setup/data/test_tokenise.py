@@ -298,6 +298,11 @@ def test_over_length_policies(run, make_plan, policy):
     assert len(report.warnings) == 1
 
 
+def test_where_every_row_is_too_long_the_way_out_is_named(run, make_plan):
+    with pytest.raises(DataError, match=r"(?s)none of its 40 rows is.*and 30 more.*--over-length truncate"):
+        run(make_plan(MANY, max_seq_length=16))
+
+
 def test_rows_that_lose_every_label_are_dropped_and_too_many_stop_the_run(run, make_plan):
     lost = chat("word " * 300)
     fields = {"max_seq_length": 100, "over_length": "truncate"}
