@@ -99,6 +99,8 @@ def container_options(
         "TRITON_CACHE_DIR": str(home / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
         "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
     }
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        environment["OMP_NUM_THREADS"] = threads  # how much of a shared machine the user gave us
     if not network:
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if token := _token_file():

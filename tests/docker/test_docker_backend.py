@@ -67,7 +67,7 @@ def flags(demo: Path, name: str, *more: str) -> list[str]:
 def test_the_whole_journey_in_containers_survives_a_killed_one(
     command: Any, client: Any, engine: Any, tmp_path: Path, demo: Path
 ) -> None:
-    process = command(*flags(demo, "journey", "--epochs", "20", "--save-steps", "2", "--gguf", "q8_0"))
+    process = command(*flags(demo, "journey", "--epochs", "4", "--save-steps", "2", "--gguf", "q8_0"))
     run = tmp_path / "results" / "journey"
     seen: list[str] = []
     deadline = time.monotonic() + 1500
