@@ -290,7 +290,7 @@ def test_the_plan_is_the_demos_where_it_must_be_and_open_elsewhere(tmp_path: Pat
     plan = plan_for(given, SMOKE, tmp_path / "m", tmp_path / "d.jsonl", "demo-smoke-1")
     assert (plan.results, plan.output, plan.backend) == (tmp_path / "r", tmp_path / "o", "local")
     assert plan.origins["learning_rate"] == "config"
-    for field in ("pack_length", "lora_r", "gradient_accumulation", "engine"):
+    for field in ("lora_r", "gradient_accumulation", "engine", "dtype"):
         assert plan.origins[field] == "default"
 
 
