@@ -50,7 +50,8 @@ CORPORA = (
     Corpus(
         name="smoke", about="fifty sums, to be known by heart", write=write_smoke,
         settings={"mode": "lora", "learning_rate": 4e-3, "num_epochs": 30.0, "pack_length": 640, "eval_split": 0.0,
-                  "save_steps": 90, "sample_steps": 45, "sample_prompts": ["What is 5 + 5?", "What is 17 + 17?"], "gguf": ["q8_0"]},
+                  "save_steps": 90, "sample_steps": 45, "gguf": ["q8_0"],
+                  "sample_prompts": ["What is 5 + 5?", "What is 17 + 17?"]},
         expected={"What is 5 + 5?": "5 + 5 = 10.", "What is 17 + 17?": "17 + 17 = 34."},
     ),
     Corpus(
