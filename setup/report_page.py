@@ -31,7 +31,7 @@ def render(facts: Facts, replay: str) -> str:
     environment.filters.update(size=_size, duration=_duration, short=_short, count=lambda n: f"{n:,}")
     return environment.from_string(PAGE).render(
         facts=facts, replay=replay, written=time.strftime("%Y-%m-%d %H:%M"), tiles=_tiles(facts),
-        charts=_training_charts(facts), lengths=_length_chart(facts), packing=_packing(facts), choices=_choices(facts),
+        charts=_training_charts(facts), lengths=_length_chart(facts), far_cut=_cut_is_far(facts), packing=_packing(facts), choices=_choices(facts),
         folders=_folders(facts), titles=_STAGE_TITLES,
     )
 
@@ -97,7 +97,7 @@ def _training_charts(facts: Facts) -> list[tuple[str, Drawing]]:
         ("Loss", line_chart(
             [Series(name="training", points=_series(steps, "loss"), smooth=True),
              Series(name="evaluation", points=_series(evals, "eval_loss"), colour=_ORANGE, dots=True)],
-            title="Loss over steps", x_label="step", y_label="cross-entropy", from_zero=True)),
+            title="Loss over steps", x_label="step", y_label="cross-entropy", from_zero=_falls_far(steps))),
         ("Learning rate", line_chart(
             [Series(name="learning rate", points=_series(steps, "lr"), colour=_VIOLET)],
             title="Learning rate over steps", x_label="step", y_label="rate", from_zero=True)),
@@ -114,6 +114,12 @@ def _training_charts(facts: Facts) -> list[tuple[str, Drawing]]:
     return [(name, svg) for name, svg in drawn if svg]
 
 
+def _falls_far(steps: list[dict[str, Any]]) -> bool:
+    """Whether the loss ends below half of its highest value; a flatter curve is shown closer up."""
+    losses = [y for _, y in _series(steps, "loss")]
+    return not losses or min(losses) < 0.5 * max(losses)
+
+
 def _length_chart(facts: Facts) -> Drawing:
     if facts.data is None:
         return Drawing("")
@@ -121,14 +127,19 @@ def _length_chart(facts: Facts) -> Drawing:
     marks = []
     plan = facts.plan
     if plan:
-        longest = lengths.max
         if plan.pack and plan.pack_length:
             marks.append(Mark(x=plan.pack_length, label=f"pack {plan.pack_length:,}", colour=_GREEN))
-        # A cut far beyond the longest example would only squeeze the bars.
-        if plan.max_seq_length <= 4 * max(longest, plan.pack_length or 0):
+        if not _cut_is_far(facts):
             marks.append(Mark(x=plan.max_seq_length, label=f"cut {plan.max_seq_length:,}", colour=_ORANGE))
     return histogram(lengths.histogram_edges, lengths.histogram_counts, marks, title="Lengths of training examples",
                      x_label="tokens in an example")
+
+
+def _cut_is_far(facts: Facts) -> bool:
+    """Whether max_seq_length is so far beyond every example that its line would only squeeze the bars."""
+    if facts.plan is None or facts.data is None:
+        return False
+    return facts.plan.max_seq_length > 4 * max(facts.data.lengths.max, facts.plan.pack_length or 0)
 
 
 def _packing(facts: Facts) -> list[tuple[int, float, bool]]:

@@ -25,7 +25,7 @@ p { margin: 0 0 8px; }
 .incomplete, .running, .waiting { color: var(--warn); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 20px; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 14px 16px; min-width: 0; }
-.tile b { display: block; font-size: 23px; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 21px; white-space: nowrap; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .tile span { display: block; font-size: 13px; color: var(--dim); }
 .grid2 { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 12px; }
 .gap { margin-top: 12px; }
@@ -137,7 +137,10 @@ PAGE = """<!doctype html>
 <section id="data">
 <h2>Data</h2>
 <div class="grid2">
-<div class="card chart"><h3>Lengths</h3>{{ lengths }}</div>
+<div class="card chart"><h3>Lengths</h3>{{ lengths }}
+{% if far_cut %}<p class="dim">The cut at {{ facts.plan.max_seq_length | count }} tokens is far beyond the longest
+example.</p>{% endif %}
+</div>
 <div class="card">
 <h3>Rows</h3>
 <table>

@@ -136,7 +136,7 @@ def histogram(
 ) -> Drawing:
     """Returns an `<svg>` with one bar for each count and labelled vertical lines, or "" for no counts.
 
-    The x axis is logarithmic where the edges span a factor of 64 or more, which long-tailed lengths do.
+    The x axis is logarithmic where the bins grow with the length; equal bins get a linear one.
 
     Args:
         edges: len(counts) + 1 rising bounds.
@@ -150,7 +150,7 @@ def histogram(
     used = [i for i, n in enumerate(counts) if n]
     first, last = used[0], used[-1]
     low, high = float(edges[first]), max([float(edges[last + 1]), *(m.x * 1.04 for m in marks)])
-    log_x = high / max(low, 1.0) >= 64
+    log_x = last > first and edges[last + 1] - edges[last] >= 4 * (edges[first + 1] - edges[first])
     low = max(low, 1.0) if log_x else low
     ticks = nice_ticks(0, max(counts))
     frame = _Frame(x_low=low, x_high=high, y_low=0, y_high=ticks[-1], log_x=log_x)

@@ -292,6 +292,12 @@ def test_charts_of_nothing_and_of_one_point() -> None:
     assert histogram([0, 1, 2], [3], [], title="t", x_label="x") == ""
 
 
+def test_a_cut_far_beyond_the_data_is_said(run: RunDir) -> None:
+    text = run.plan.read_text().replace("max_seq_length: 12000", "max_seq_length: 99000")
+    run.plan.write_text(text)
+    assert "The cut at 99,000 tokens is far beyond the longest example." in _page(run).text
+
+
 def test_histogram_marks_and_bars() -> None:
     svg = histogram([10, 20, 40], [4, 2], [Mark(x=100, label="pack <100>")], title="t", x_label="x")
     assert svg.count("<rect") == 2
