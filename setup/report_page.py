@@ -31,7 +31,8 @@ def render(facts: Facts, replay: str) -> str:
     environment.filters.update(size=_size, duration=_duration, short=_short, count=lambda n: f"{n:,}")
     return environment.from_string(PAGE).render(
         facts=facts, replay=replay, written=time.strftime("%Y-%m-%d %H:%M"), tiles=_tiles(facts),
-        charts=_training_charts(facts), lengths=_length_chart(facts), far_cut=_cut_is_far(facts), packing=_packing(facts), choices=_choices(facts),
+        charts=_training_charts(facts), lengths=_length_chart(facts), far_cut=_cut_is_far(facts),
+        packing=_packing(facts), choices=_choices(facts),
         folders=_folders(facts), titles=_STAGE_TITLES,
     )
 
