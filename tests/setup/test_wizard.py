@@ -118,7 +118,7 @@ def test_every_question_can_be_answered_otherwise(
     keys.send_text(DOWN * 2 + ENTER)                # LoRA is marked: full
     keys.send_text(CTRL_U + "2.5" + ENTER)
     keys.send_text(CTRL_U + "0.1" + ENTER)
-    keys.send_text(DOWN * 2 + ENTER)                # default is marked: none
+    keys.send_text(DOWN + ENTER)                    # default is marked: none
     keys.send_text(DOWN + SPACE + ENTER)            # bf16 too
     keys.send_text("mine" + ENTER)
     keys.send_text(ENTER)
