@@ -17,6 +17,8 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urljoin
 
+from pip._internal.models.index import PyPI  # where this image's pip looks when nobody configured it
+
 LINE = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)\s+--hash=sha256:([0-9a-f]{64})\s*$", re.M)
 
 
@@ -27,7 +29,7 @@ def main(lock: str, inside: str, target: str) -> int:
         print(f"sparktune-check: {lock} should hold one line NAME==VERSION --hash=sha256:...")
         return 41
     name, version, wanted = found.groups()
-    index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/") + f"/{name}/"
+    index = os.environ.get("PIP_INDEX_URL", PyPI.simple_url).rstrip("/") + f"/{name}/"
     # https alone: this opener knows no file: and no http:
     opener = urllib.request.OpenerDirector()
     for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPSHandler(), urllib.request.HTTPErrorProcessor(),
