@@ -16,4 +16,4 @@ if [ ! -f "$venv/.done" ]; then
   mv "$venv.partial" "$venv"
 fi
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest tests/training tests/kernels tests/setup/export tests/setup/data \
-  tests/setup/test_demo.py -q
+  tests/setup/test_demo.py -q -n "$(nproc)" --dist loadgroup
