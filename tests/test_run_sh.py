@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
 import sys
 import termios
 import time
@@ -167,7 +168,9 @@ def test_somebody_elses_checkout(checkout: Path, tmp_path: Path) -> None:
     unmake(checkout)
     (checkout / ".venvs").chmod(0o555)
     # root may write everywhere, so there this start is nobody's, who has to get to the script
-    for folder in (checkout, tmp_path, tmp_path.parent, tmp_path.parent.parent):
+    for folder in (checkout, *checkout.parents):
+        if folder == Path(tempfile.gettempdir()):
+            break
         folder.chmod(folder.stat().st_mode | 0o055)
     nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"] if os.getuid() == 0 else []
     done = subprocess.run(
