@@ -9,8 +9,8 @@ import re
 import shutil
 import struct
 import subprocess
-import tempfile
 import sys
+import tempfile
 import termios
 import time
 from pathlib import Path
