@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparktune.kernels.frozen_weight import FrozenWeight, dense
 from sparktune.kernels.matmul import matmul_fp32
 from sparktune.kernels.silu_mul.triton import silu_mul_bwd, silu_mul_fwd
 
@@ -94,23 +95,36 @@ def _backward_weights(
     return da.to(dtypes[0]), db.to(dtypes[1])
 
 
+def _kept(weight: torch.Tensor | FrozenWeight) -> tuple[torch.Tensor | None, FrozenWeight | None]:
+    """Returns what the backward pass gets of the base: the tensor itself, or what to widen again."""
+    return (None, weight) if isinstance(weight, FrozenWeight) else (weight, None)
+
+
+def _again(weight: torch.Tensor | None, frozen: FrozenWeight | None) -> torch.Tensor:
+    if frozen is not None:
+        return frozen.dense()
+    assert weight is not None, "a base is a tensor or stored in fewer bits"
+    return weight
+
+
 def _base_gradients(
-    ctx: Any, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+    ctx: Any, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Returns the gradients of the base's weight and bias where they are trained (frozen under LoRA)."""
-    dw = matmul_fp32(dy.t(), x).to(weight.dtype) if ctx.needs_input_grad[1] else None
+    dw = None if weight is None or not ctx.needs_input_grad[1] else matmul_fp32(dy.t(), x).to(weight.dtype)
     return dw, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor,
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | FrozenWeight, bias: torch.Tensor | None, lora_a: torch.Tensor,
         lora_b: torch.Tensor, mask: torch.Tensor | None, group: _Group,
     ) -> torch.Tensor:
         a, b = _compute_copies(lora_a, lora_b, group.scale, x.dtype)
-        y, xa = _forward(x, weight, bias, a, b, group, mask)
-        ctx.save_for_backward(x, weight, a, b, xa, mask)
+        y, xa = _forward(x, dense(weight), bias, a, b, group, mask)
+        kept, ctx.frozen = _kept(weight)
+        ctx.save_for_backward(x, kept, a, b, xa, mask)
         ctx.group, ctx.dtypes = group, (lora_a.dtype, lora_b.dtype)
         return y
 
@@ -119,7 +133,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, a, b, xa, mask = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        dx, dxa = _backward_x(dy, weight, a, b, ctx.group, mask, ctx.needs_input_grad[0])
+        dx, dxa = _backward_x(dy, _again(weight, ctx.frozen), a, b, ctx.group, mask, ctx.needs_input_grad[0])
         da, db = _backward_weights(dy, x, xa, dxa, ctx.group, b.shape[1], mask, ctx.dtypes)
         dw, dbias = _base_gradients(ctx, dy, x, weight)
         return dx, dw, dbias, da, db, None, None
@@ -128,14 +142,15 @@ class _LoRALinear(torch.autograd.Function):
 class _SiluMulLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate_up: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor,
-        lora_b: torch.Tensor, mask: torch.Tensor | None, group: _Group,
+        ctx: Any, gate_up: torch.Tensor, weight: torch.Tensor | FrozenWeight, bias: torch.Tensor | None,
+        lora_a: torch.Tensor, lora_b: torch.Tensor, mask: torch.Tensor | None, group: _Group,
     ) -> torch.Tensor:
         half = gate_up.shape[1] // 2
         x = silu_mul_fwd(gate_up[:, :half], gate_up[:, half:])
         a, b = _compute_copies(lora_a, lora_b, group.scale, x.dtype)
-        y, xa = _forward(x, weight, bias, a, b, group, mask)
-        ctx.save_for_backward(gate_up, weight, a, b, xa, mask)
+        y, xa = _forward(x, dense(weight), bias, a, b, group, mask)
+        kept, ctx.frozen = _kept(weight)
+        ctx.save_for_backward(gate_up, kept, a, b, xa, mask)
         ctx.group, ctx.dtypes = group, (lora_a.dtype, lora_b.dtype)
         return y
 
@@ -145,7 +160,7 @@ class _SiluMulLoRALinear(torch.autograd.Function):
         gate_up, weight, a, b, xa, mask = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         half = gate_up.shape[1] // 2
-        dx, dxa = _backward_x(dy, weight, a, b, ctx.group, mask, True)
+        dx, dxa = _backward_x(dy, _again(weight, ctx.frozen), a, b, ctx.group, mask, True)
         # one launch: d(gate | up) where the grouped product expects it, and the product itself again for dA
         dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
         halves = dgate_up[:, :half], dgate_up[:, half:]
@@ -157,7 +172,7 @@ class _SiluMulLoRALinear(torch.autograd.Function):
 
 
 def _check(
-    width: int, x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor,
+    width: int, x: torch.Tensor, weight: torch.Tensor | FrozenWeight, lora_a: torch.Tensor, lora_b: torch.Tensor,
     out_sizes: Sequence[int],
 ) -> None:
     rank = lora_b.shape[1]
@@ -176,14 +191,15 @@ def _check(
 
 
 def lora_linear_fused(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor, lora_b: torch.Tensor,
-    out_sizes: Sequence[int], scale: float, dropout_mask: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor | FrozenWeight, bias: torch.Tensor | None, lora_a: torch.Tensor,
+    lora_b: torch.Tensor, out_sizes: Sequence[int], scale: float, dropout_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One product for a group of projections that share x, adapters included.
 
     Args:
         x: [T, in], bf16 (any float dtype works).
-        weight: [N, in], x's dtype, N >= sum(out_sizes); rows beyond the sum are projections without an adapter.
+        weight: [N, in], x's dtype or stored in fewer bits, N >= sum(out_sizes); rows beyond the sum are projections
+            without an adapter.
         bias: [N] or None.
         lora_a: [G*r, in], the fp32 masters of the group, stacked; projection i owns rows i*r..(i+1)*r.
         lora_b: [sum(out_sizes), r], stacked alike.
@@ -202,7 +218,7 @@ def lora_linear_fused(
 
 
 def silu_mul_lora_linear_fused(
-    gate_up: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor,
+    gate_up: torch.Tensor, weight: torch.Tensor | FrozenWeight, bias: torch.Tensor | None, lora_a: torch.Tensor,
     lora_b: torch.Tensor, scale: float, dropout_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The second half of a gated MLP: lora_linear(silu(gate) * up), which keeps gate_up and nothing of width I.

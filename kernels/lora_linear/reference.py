@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from sparktune.kernels.frozen_weight import FrozenWeight, frozen_linear
+
 __all__ = ["lora_linear_reference"]
 
 
 def lora_linear_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor, lora_b: torch.Tensor,
-    out_sizes: Sequence[int], scale: float, dropout_mask: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor | FrozenWeight, bias: torch.Tensor | None, lora_a: torch.Tensor,
+    lora_b: torch.Tensor, out_sizes: Sequence[int], scale: float, dropout_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns x W^T + bias + scale * (x * mask) A_i^T B_i^T, the projections' outputs side by side.
 
@@ -20,7 +22,7 @@ def lora_linear_reference(
 
     Args:
         x: [T, in].
-        weight: [N, in], N >= sum(out_sizes).
+        weight: [N, in], N >= sum(out_sizes); a tensor, or stored in fewer bits.
         bias: [N] or None.
         lora_a: [G * r, in], the rows i * r to (i + 1) * r of projection i; any dtype, used in x's.
         lora_b: [sum(out_sizes), r].
@@ -31,7 +33,7 @@ def lora_linear_reference(
     Returns:
         [T, N] of x's dtype.
     """
-    base = F.linear(x, weight, bias)
+    base = frozen_linear(x, weight, bias)
     low = F.linear(x if dropout_mask is None else x * dropout_mask, lora_a.to(x.dtype))
     ups = (lora_b * scale).to(x.dtype).split(list(out_sizes))
     # One block-diagonal product for the group: the extra zeros cost less than further passes over [T, N].

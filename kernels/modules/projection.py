@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sparktune.kernels.columns import split_columns
+from sparktune.kernels.frozen_weight import FrozenWeight, frozen_linear
 from sparktune.kernels.modules.row import DropoutKey
 
 __all__ = ["ProjectionGroup", "row_slices"]
@@ -44,7 +44,9 @@ class ProjectionGroup(nn.Module):
         self.out_sizes = tuple(out_sizes)
         self.in_features = in_features
         rows = sum(out_sizes)
-        self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype, device=device), requires_grad=False)
+        self.weight: nn.Parameter | FrozenWeight = nn.Parameter(
+            torch.empty(rows, in_features, dtype=dtype, device=device), requires_grad=False
+        )
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device), requires_grad=False)
@@ -53,6 +55,11 @@ class ProjectionGroup(nn.Module):
         """Returns projection name -> its rows of `weight` (and entries of `bias`)."""
         return row_slices(self.names, self.out_sizes)
 
+    def store(self, weight: FrozenWeight) -> None:
+        """Puts a weight stored in fewer bits in the parameter's place."""
+        del self.weight
+        self.weight = weight
+
     def forward(self, x: torch.Tensor, dropout: DropoutKey | None = None) -> tuple[torch.Tensor, ...]:
         """Returns the projections' outputs, [T, out] each, sharing one tensor.
 
@@ -60,4 +67,4 @@ class ProjectionGroup(nn.Module):
             x: [T, in].
             dropout: ignored; adapters use it.
         """
-        return split_columns(F.linear(x, self.weight, self.bias), self.out_sizes)
+        return split_columns(frozen_linear(x, self.weight, self.bias), self.out_sizes)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparktune.kernels.columns import split_columns
+from sparktune.kernels.frozen_weight import FrozenWeight
 from sparktune.kernels.modules.projection import ProjectionGroup, row_slices
 from sparktune.kernels.modules.row import DropoutKey
 from sparktune.kernels.precision import working_dtype
@@ -51,12 +52,18 @@ class StaticLoRA(nn.Module):
         self.adapted_sizes = tuple(sizes[n] for n in self.adapted)
         self._packed, self._packed_sizes = packed, tuple(sizes[n] for n in packed)
         self._output_order = tuple(packed.index(n) for n in group.names)
-        weight, bias = group.weight.detach(), None if group.bias is None else group.bias.detach()
-        if packed != group.names:
-            rows = group.rows()
-            weight = torch.cat([weight[rows[n]] for n in packed])
-            bias = None if bias is None else torch.cat([bias[rows[n]] for n in packed])
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        bias, rows = None if group.bias is None else group.bias.detach(), group.rows()
+        if bias is not None and packed != group.names:
+            bias = torch.cat([bias[rows[n]] for n in packed])
+        self.weight: nn.Parameter | FrozenWeight
+        if isinstance(group.weight, FrozenWeight):
+            weight: torch.Tensor | FrozenWeight = group.weight.reordered(packed)
+            self.weight = weight
+        else:
+            weight = group.weight.detach()
+            if packed != group.names:
+                weight = torch.cat([weight[rows[n]] for n in packed])
+            self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         new = {"dtype": working_dtype(weight), "device": weight.device}
         self.lora_a = nn.Parameter(torch.zeros(len(self.adapted) * r, self.in_features, **new))
