@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 
 from sparktune.setup.plan.schema import Machine
 
-__all__ = ["cpu_count", "detect_machine", "existing_parent", "host_memory_gib", "nvidia_gpus"]
+__all__ = ["cpu_count", "cpu_name", "detect_machine", "existing_parent", "host_memory_gib", "nvidia_gpus"]
 
 _GIB = 2**30
 _QUERY_S = 20
@@ -27,6 +28,17 @@ def existing_parent(path: Path) -> Path:
 def cpu_count() -> int:
     """Returns the cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Returns the processor's name, or its architecture where the system does not say."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
 
 
 def _cgroup_free_bytes() -> int | None:
@@ -89,12 +101,12 @@ def detect_machine(device: Literal["auto", "cpu", "cuda"], disk: Path) -> Machin
     gpus = [] if device == "cpu" else nvidia_gpus()
     if not gpus:
         return Machine(
-            device="cpu", memory_gib=round(host_memory_gib(), 2), cpu_cores=cpu_count(),
+            device="cpu", memory_gib=round(host_memory_gib(), 2), cpu_name=cpu_name(), cpu_cores=cpu_count(),
             disk_free_gib=round(free_gib, 2), docker=shutil.which("docker") is not None,
         )
     name, capability, gpu_free_gib = gpus[0]
     return Machine(
         device="cuda", gpu_name=name, capability=capability, unified_memory=gpu_free_gib is None,
-        memory_gib=round(host_memory_gib() if gpu_free_gib is None else gpu_free_gib, 2), cpu_cores=cpu_count(),
-        disk_free_gib=round(free_gib, 2), docker=shutil.which("docker") is not None,
+        memory_gib=round(host_memory_gib() if gpu_free_gib is None else gpu_free_gib, 2), cpu_name=cpu_name(),
+        cpu_cores=cpu_count(), disk_free_gib=round(free_gib, 2), docker=shutil.which("docker") is not None,
     )

@@ -316,6 +316,8 @@ class Machine(_Strict):
     """GPU and CPU share one pool (GB10)."""
     memory_gib: float
     """Memory a training process may use: of the device, or of the host."""
+    cpu_name: str = ""
+    """As /proc/cpuinfo names it."""
     cpu_cores: int
     disk_free_gib: float
     docker: bool = False
