@@ -115,7 +115,7 @@ class TrainingLoop:
         if self.state.step == 0 or self.state.pending:
             self._after_step()
         while self.state.step < self.length.total_steps and not self._out_of_patience():
-            self._step()
+            self.step()
             self._after_step()
         if self._out_of_patience() and self.state.step < self.length.total_steps:
             self.say(
@@ -123,11 +123,11 @@ class TrainingLoop:
                 f"the lowest was {self.state.best_eval_loss:.4f} at step {self.state.best_step}."
             )
         if self._saved_step != self.state.step:
-            self._save()
+            self.save()
         self._take_best()
         return self._export()
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """One optimiser step over the micro-batches that belong to it."""
         started = time.perf_counter()
         step = self.state.step + 1
@@ -241,20 +241,20 @@ class TrainingLoop:
         due = self.evaluation is not None and (step % self.eval_steps == 0 or ends)
         improved = False
         if due:
-            value = self._evaluate()
+            value = self.evaluate()
             if value is None:
                 self.state.pending = True
                 self._stop()
             improved = self._note_evaluation(value)
         if step % self.sample_steps == 0 or ends:
-            self._sample()
+            self.sample()
         keep_best = improved and self.plan.early_stopping is not None and step > 0
         if step and (step % self.save_steps == 0 or ends or keep_best):
-            self._save()
+            self.save()
         if self.stop.requested and not ends:
             self._stop()
 
-    def _evaluate(self) -> float | None:
+    def evaluate(self) -> float | None:
         """Returns the mean cross-entropy over the held-out supervised tokens; None when a stop was asked for."""
         assert self.evaluation is not None
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
@@ -282,7 +282,7 @@ class TrainingLoop:
         state.evals_without_gain += 1
         return False
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
         for prompt in self.prompts:
             answer = self.engine.generate(prompt.ids, self.max_new_tokens, self.stop_ids)
             self.log.sample(self.state.step, prompt.text, self.decode(answer))
@@ -293,7 +293,7 @@ class TrainingLoop:
 
     # -- keeping
 
-    def _save(self) -> None:
+    def save(self) -> None:
         if self._saved_step == self.state.step and not self.state.pending:
             return
         self.state.metrics_bytes, self.state.samples_bytes = self.log.sync()
@@ -309,7 +309,7 @@ class TrainingLoop:
             raise StoppedResumable(
                 f"Stopped before the first step, as you asked. Go on with: python train.py --config {self.run.plan}"
             )
-        self._save()
+        self.save()
         path = self.run.checkpoint(self.state.step)
         raise StoppedResumable(
             f"Stopped after step {self.state.step} of {self.length.total_steps}, as you asked. Go on with: "

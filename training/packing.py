@@ -103,6 +103,18 @@ class PackPlan:
         budget = self.pack_length if self.pack_length is not None else PAD_MULTIPLE
         return sum(padded_length(int(self._lengths[list(pack)].sum()), budget) for pack in packs)
 
+    def work(self, epoch: int, first: int, last: int) -> tuple[int, int]:
+        """Returns (tokens, sum of the documents' squared lengths) of micro-batches first..last - 1, as computed."""
+        tokens = squares = 0
+        for index in range(first, last):
+            packs = self.packs(epoch, index)
+            lengths = self._lengths[[example for pack in packs for example in pack]]
+            real = int(lengths.sum())
+            padding = self.static_length(packs) - real if self.pad else 0
+            tokens += real + padding
+            squares += int((lengths.astype(np.int64) ** 2).sum()) + padding**2
+        return tokens, squares
+
     def micro_batch(self, epoch: int, index: int) -> MicroBatch:
         """Returns micro-batch `index` of `epoch`, on the CPU."""
         packs = self.packs(epoch, index)

@@ -40,7 +40,7 @@ from sparktune.training.schedule import run_length, tenth
 from sparktune.training.stop import StopRequest
 from sparktune.training.unsloth_engine import UnslothEngine
 
-__all__ = ["run_session"]
+__all__ = ["assemble", "decide_plan", "device_of", "prepare_torch", "refuse_unsupported", "run_session"]
 
 _MATHS = (
     "model", "mode", "engine", "seed", "pack", "pack_length", "num_epochs", "max_steps", "per_device_batch_size",
@@ -121,17 +121,17 @@ def _train(
     for note in request.notes:
         events.message(note, "warning")
     spec = probe(plan.model)
-    device = _device(plan)
+    device = device_of(plan)
     run = None
     if request.existing is not None:  # its folder takes the events and errors of everything that follows
         run = open_run(request, plan, held)
         _attach(run, events, log, own_log=not request.as_stage)
-    _refuse_unsupported(plan, spec, device)
+    refuse_unsupported(plan, spec, device)
     model_dir = resolve_model_dir(plan.model)
     tokenizer = load_tokenizer(str(model_dir))
     data = prepare(plan, spec, str(model_dir), events, tokenizer)
-    plan = _decide(_as_adapter_says(plan), spec, data, device, events)
-    _refuse_unsupported(plan, spec, device)
+    plan = decide_plan(_as_adapter_says(plan), spec, data, device, events)
+    refuse_unsupported(plan, spec, device)
     estimate = check_fits(plan, spec, data.report, measure_machine(device))
     if run is None:
         run = open_run(request, plan, held)
@@ -153,7 +153,12 @@ def _attach(run: RunDir, events: Narrator, log: list[Path], *, own_log: bool) ->
     log.append(run.log)
 
 
-def _device(plan: Plan) -> torch.device:
+def device_of(plan: Plan) -> torch.device:
+    """Returns the device that trains.
+
+    Raises:
+        PreflightError: a GPU was asked for and torch sees none.
+    """
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise PreflightError(
             "--device cuda needs a CUDA GPU and a CUDA build of torch; torch "
@@ -164,7 +169,7 @@ def _device(plan: Plan) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def _decide(plan: Plan, spec: ModelSpec, data: PreparedData, device: torch.device, events: Narrator) -> Plan:
+def decide_plan(plan: Plan, spec: ModelSpec, data: PreparedData, device: torch.device, events: Narrator) -> Plan:
     """Fills every open value and says each choice once."""
     still_open = {name for name in Plan.model_fields if getattr(plan, name) in (None, "auto")}
     origins = {name: "default" if name in still_open else origin for name, origin in plan.origins.items()}
@@ -216,7 +221,7 @@ def _with_engine(plan: Plan, choice: Choice | None, events: Narrator) -> Plan:
     )
 
 
-def _refuse_unsupported(plan: Plan, spec: ModelSpec, device: torch.device) -> None:
+def refuse_unsupported(plan: Plan, spec: ModelSpec, device: torch.device) -> None:
     """Refuses what this version cannot train, in one sentence each."""
     if plan.engine == "unsloth":
         if device.type != "cuda":
@@ -250,11 +255,37 @@ def _run(
     tokenizer: ChatTokenizer, device: torch.device, events: Narrator, stop: StopRequest,
 ) -> None:
     """Builds model and loop, resumes where there is something to resume, trains to the end."""
+    prepare_torch(plan, device)
+    checkpoint, state = _resume_point(request, plan, run, data, events)
+    loop = assemble(
+        plan, spec, model_dir, run, data, tokenizer, device, events, stop, checkpoint=checkpoint, state=state
+    )
+    try:
+        result = loop.run_to_end()
+    finally:
+        loop.log.close()
+    size = sum(path.stat().st_size for path in result.rglob("*") if path.is_file())
+    events.emit("artifact", path=str(result), bytes=size)
+    events.message(f"Trained: {result}")
+
+
+def prepare_torch(plan: Plan, device: torch.device) -> None:
+    """Sets torch's global state for a run: its seed and, on a CPU, deterministic algorithms."""
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes nothing here
     torch.manual_seed(plan.seed)
-    checkpoint, state = _resume_point(request, plan, run, data, events)
+
+
+def assemble(
+    plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir, data: PreparedData, tokenizer: ChatTokenizer,
+    device: torch.device, events: Narrator, stop: StopRequest, *, checkpoint: Path | None, state: LoopState,
+) -> TrainingLoop:
+    """Builds model, data order and loop of a decided plan, at `checkpoint` where there is one; writes plan.yaml.
+
+    Raises:
+        SparktuneError: the data no longer fits the checkpoint, or the disk has no room for checkpoints.
+    """
     pad = device.type == "cuda"  # kernels and graphs are made once a length; a CPU would only compute more
     train = PackPlan(
         data.train, pack=plan.pack, pack_length=plan.pack_length, per_device_batch_size=plan.per_device_batch_size,
@@ -284,7 +315,7 @@ def _run(
     events.message(
         f"{length.total_steps} steps ({length.steps_per_epoch} an epoch), {engine.describe()}, seed {plan.seed}."
     )
-    loop = TrainingLoop(
+    return TrainingLoop(
         engine=engine, plan=plan, run=run, length=length, train=train,
         evaluation=held_out,
         prompts=sample_prompts(plan, tokenizer, data.evaluation),
@@ -292,13 +323,6 @@ def _run(
         stop_ids=stop_ids(tokenizer, data.train), log=metrics, state=state, stop=stop, say=events.message,
         show=events.line,
     )
-    try:
-        result = loop.run_to_end()
-    finally:
-        metrics.close()
-    size = sum(path.stat().st_size for path in result.rglob("*") if path.is_file())
-    events.emit("artifact", path=str(result), bytes=size)
-    events.message(f"Trained: {result}")
 
 
 def _engine_class(plan: Plan) -> type[NativeEngine] | type[UnslothEngine]:

@@ -1,6 +1,6 @@
 """What this machine has shown: the speed of every finished training and the time of every other stage.
 
-One JSON file a user (`~/.cache/sparktune/speeds/speeds.json`), newest last, the last hundred of each; written by rename.
+One JSON file a user (`~/.cache/sparktune/speeds/speeds.json`), newest last, the last hundred of each, by rename.
 An unreadable one counts as empty: estimates then fall back on what is built in.
 """
 
