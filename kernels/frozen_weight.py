@@ -23,7 +23,7 @@ __all__ = ["FrozenWeight", "Int8Rows", "PlainRows", "StoredRows", "dense", "froz
 class StoredRows(nn.Module):
     """One projection's weight [n, K] as it is stored; buffers only."""
 
-    rows: int
+    n_rows: int
 
     def widen(self, out: torch.Tensor) -> None:
         """Writes the weight into `out` [n, K], contiguous, of the compute type."""
@@ -43,7 +43,7 @@ class PlainRows(StoredRows):
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.rows = weight.shape[0]
+        self.n_rows = weight.shape[0]
         self.register_buffer("weight", weight, persistent=False)
 
     def widen(self, out: torch.Tensor) -> None:
@@ -65,7 +65,7 @@ class Int8Rows(StoredRows):
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.rows = weight.shape[0]
+        self.n_rows = weight.shape[0]
         wide = weight.float()
         scale = wide.abs().amax(dim=1, keepdim=True).div_(127.0)
         steps = wide / scale.clamp(min=torch.finfo(torch.float32).tiny)
@@ -93,7 +93,7 @@ class FrozenWeight(nn.Module):
         super().__init__()
         self.stored = nn.ModuleDict(stored)
         self.dtype = dtype
-        self.shape = torch.Size((sum(rows.rows for rows in stored.values()), in_features))
+        self.shape = torch.Size((sum(rows.n_rows for rows in stored.values()), in_features))
 
     @property
     def device(self) -> torch.device:
@@ -114,8 +114,8 @@ class FrozenWeight(nn.Module):
         weight = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         start = 0
         for rows in self.stored.values():
-            rows.widen(weight[start : start + rows.rows])
-            start += rows.rows
+            rows.widen(weight[start : start + rows.n_rows])
+            start += rows.n_rows
         return weight
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sparktune.kernels.select import OpTable, select_ops
+from sparktune.setup.plan.basestorage import base_storage
 from sparktune.setup.plan.models import adapter_base, is_adapter_folder
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.training.adapters import LoraConfig, attach_lora, load_adapter, save_adapter
@@ -15,6 +16,7 @@ from sparktune.training.batch import MicroBatch
 from sparktune.training.graphs import TowerGraphs
 from sparktune.training.model import TextTower, build_model, export_weights, load_weights, train_everything
 from sparktune.training.optimiser import MasterAdamW
+from sparktune.training.quantised import build_hollow, frozen_parameters, stored_bytes, storing
 
 __all__ = ["NativeEngine"]
 
@@ -67,8 +69,13 @@ class NativeEngine:
             UsageError: a target that the model does not have, or an adapter that does not fit.
         """
         dtype = _DTYPES[plan.dtype]
-        model = build_model(spec, ops or select_ops(device, dtype, spec), dtype, device)
-        load_weights(model, model_dir, spec)
+        ops, storage = ops or select_ops(device, dtype, spec), base_storage(plan)
+        if storage == "none":
+            model = build_model(spec, ops, dtype, device)
+            load_weights(model, model_dir, spec)
+        else:
+            model = build_hollow(spec, ops, dtype, device)
+            load_weights(model, model_dir, spec, storing(storage, plan.double_quantise))
         assert plan.recompute != "auto", "resolved before the model is built"
         model.set_recompute(plan.recompute)
         if plan.mode == "full":
@@ -104,8 +111,12 @@ class NativeEngine:
     def describe(self) -> str:
         """Returns what learns, in words."""
         learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
-        return f"{self._what}: {learning:,} of {total:,} parameters learn in {self.model.dtype}".replace("torch.", "")
+        frozen = frozen_parameters(self.model)
+        total = sum(p.numel() for p in self.model.parameters()) + frozen
+        said = f"{self._what}: {learning:,} of {total:,} parameters learn in {self.model.dtype}".replace("torch.", "")
+        if frozen:
+            said += f"; {frozen:,} frozen ones are quantised and take {stored_bytes(self.model) / 2**30:.2f} GiB"
+        return said
 
     def forward_backward(self, micro_batches: Iterable[MicroBatch], n_supervised: int) -> torch.Tensor:
         """Adds the gradients of sum(cross-entropy) / n_supervised; nothing here waits for the device."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sparktune.kernels.frozen_weight import StoredRows
 from sparktune.setup.plan.errors import PreflightError
 from sparktune.setup.plan.outfolder import build_folder
 from sparktune.setup.plan.schema import ModelSpec
 from sparktune.setup.plan.weights import safetensors_header, safetensors_index, text_tower_shapes
+from sparktune.training.quantised import put_stored
 from sparktune.training.tower import TextTower
 
 __all__ = ["export_weights", "load_weights"]
@@ -83,7 +85,10 @@ def _check_tied_head(model: TextTower, model_dir: Path, index: Mapping[str, Path
 
 
 @torch.no_grad()
-def load_weights(model: TextTower, model_dir: Path, spec: ModelSpec) -> None:
+def load_weights(
+    model: TextTower, model_dir: Path, spec: ModelSpec,
+    store: Callable[[str, torch.Tensor], StoredRows] | None = None,
+) -> None:
     """Fills the model from a checkpoint's safetensors, one tensor at a time, straight into the grouped weights.
 
     Args:
@@ -91,6 +96,7 @@ def load_weights(model: TextTower, model_dir: Path, spec: ModelSpec) -> None:
         model_dir: folder of a single-file or sharded checkpoint, in the text or the multimodal layout. `mtp.*` and
             the vision tower are left where they are.
         spec: the model's.
+        store: for a model from `quantised.build_hollow`: turns (projection, weight) into its stored form.
 
     Raises:
         PreflightError: tensors are missing, unexpected or misshapen (named), or files are missing or damaged.
@@ -101,12 +107,21 @@ def load_weights(model: TextTower, model_dir: Path, spec: ModelSpec) -> None:
     slots, parameters = model.slots(), dict(model.named_parameters())
     assert slots.keys() == names.keys(), "the model and text_tower_shapes describe the same tensors"
     by_file: dict[Path, list[str]] = {}
+    stored: dict[str, dict[str, StoredRows]] = {}
     for name, there in names.items():
         by_file.setdefault(index[there], []).append(name)
     for path, held in by_file.items():
         with safe_open(path, framework="pt") as file:
             for name in held:
-                slots[name].of(parameters[slots[name].parameter]).copy_(file.get_tensor(names[name]))
+                slot, value = slots[name], file.get_tensor(names[name])
+                if store is not None and parameters[slot.parameter].is_meta:
+                    projection = name.split(".")[-2]
+                    rows = store(projection, value.to(model.device, model.dtype))
+                    stored.setdefault(slot.parameter, {})[projection] = rows
+                else:
+                    slot.of(parameters[slot.parameter]).copy_(value)
+    if stored:
+        put_stored(model, stored)
     _check_tied_head(model, model_dir, index)
 
 

@@ -96,10 +96,11 @@ class Plan(_Strict):
     """Share of the steps over which the learning rate rises; at least one step."""
     warmup_steps: int | None = Field(None, ge=0, json_schema_extra=flags("--warmup-steps"))
     """Steps over which the learning rate rises; replaces warmup_ratio."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
-        "adamw", json_schema_extra=flags("--optimizer")
+    optimizer: Literal["adamw", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
+        "adamw", json_schema_extra=flags("--optimizer", "--optim")
     )
-    """Optimiser."""
+    """AdamW over float32 masters: moments in float32 (adamw, also called adamw_torch), in 8 bits, or paged: in memory
+    that moves to the host when the device is full."""
     weight_decay: float = Field(0.01, ge=0, json_schema_extra=flags("--weight-decay"))
     """AdamW's decoupled weight decay; applied to matrices, not to vectors."""
     adam_beta1: float = Field(0.9, ge=0, lt=1, json_schema_extra=flags("--adam-beta1"))
@@ -120,6 +121,10 @@ class Plan(_Strict):
     """Dropout on the adapters' input."""
     use_rslora: bool = Field(False, json_schema_extra=flags("--use-rslora"))
     """Scale adapters by alpha / sqrt(r) instead of alpha / r."""
+    quantise_base: Literal["auto", "none", "nf4", "int8"] = Field("auto", json_schema_extra=flags("--quantise-base"))
+    """Storage of the frozen base under LoRA: NF4 (4 bits), int8, or none; auto is NF4 for qlora and none otherwise."""
+    double_quantise: bool = Field(True, json_schema_extra=flags("--double-quantise"))
+    """NF4: store the blocks' scales in 8 bits too, 0.05 bytes a weight less."""
     target_modules: list[str] | None = Field(None, json_schema_extra=flags("--target-modules"))
     """Projections that get an adapter, by their last name; every large projection of the model when left out."""
     layout: Literal["text", "multimodal"] = Field("text", json_schema_extra=flags("--layout"))
