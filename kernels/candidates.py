@@ -28,6 +28,9 @@ class Candidate:
     function: str
     objection: Callable[[torch.device, torch.dtype, ModelShape], str]
     """Returns why it cannot serve this device, type and model; empty when it can. Must not import the module."""
+    replayable: bool = False
+    """Its launches follow a row's documents only through the tables of kernels/tables.py, which are rewritten in place:
+    a CUDA graph of them serves other packings."""
 
 
 def no_triton(device: torch.device, dtype: torch.dtype, spec: ModelShape) -> str:
@@ -105,7 +108,7 @@ def _triton(op: str, module: str, function: str) -> tuple[str, tuple[Candidate, 
     return op, (
         Candidate(
             name="triton", module=f"sparktune.kernels.{module}", function=function,
-            objection=_conv if op == "causal_conv1d" else no_triton,
+            objection=_conv if op == "causal_conv1d" else no_triton, replayable=True,
         ),
     )
 
@@ -121,13 +124,13 @@ FUSED: dict[str, tuple[Candidate, ...]] = dict([
     _triton("gdn_gates", "gated_delta_rule.gates", "gdn_gates_fused"),
     ("gated_delta_rule", (
         Candidate(name="triton", module="sparktune.kernels.gated_delta_rule.function",
-                  function="gated_delta_rule_fused", objection=_delta_rule),
+                  function="gated_delta_rule_fused", objection=_delta_rule, replayable=True),
         Candidate(name="fla", module="sparktune.kernels.gated_delta_rule.fla_function",
                   function="gated_delta_rule_fla", objection=_fla),
     )),
     ("varlen_attention", (
         Candidate(name="triton", module="sparktune.kernels.varlen_attention.function",
-                  function="varlen_attention_fused", objection=_attention),
+                  function="varlen_attention_fused", objection=_attention, replayable=True),
         Candidate(name="flash", module="sparktune.kernels.varlen_attention.function",
                   function="varlen_attention_flash", objection=_flash),
     )),

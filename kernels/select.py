@@ -26,7 +26,7 @@ from sparktune.kernels.sigmoid_gate.reference import sigmoid_gate_reference
 from sparktune.kernels.silu_mul.reference import silu_mul_reference
 from sparktune.kernels.varlen_attention.reference import varlen_attention_reference
 
-__all__ = ["OPS", "Candidate", "OpTable", "reference_ops", "select_ops"]
+__all__ = ["OPS", "Candidate", "OpTable", "reference_ops", "select_ops", "used_ops"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class OpTable:
     lora_linear: Callable[..., torch.Tensor]
     reasons: dict[str, str]
     """Op -> the implementation chosen and why."""
+    replayable: frozenset[str] = frozenset()
+    """Ops whose launches a CUDA graph may replay over another packing (`Candidate.replayable`)."""
 
 
 _REFERENCES: dict[str, Callable[..., object]] = {
@@ -69,16 +71,33 @@ OPS = tuple(_REFERENCES)
 """Names of all ops."""
 
 
-def _choose(op: str, device: torch.device, dtype: torch.dtype, spec: ModelShape) -> tuple[Callable[..., object], str]:
+def used_ops(spec: ModelShape) -> frozenset[str]:
+    """Returns the ops that a tower of this shape calls: a dense model has no delta rule, and so on."""
+    kinds = set(spec.layer_types)
+    unused: set[str] = set()
+    if "linear_attention" not in kinds:
+        unused |= {"gated_rms_norm", "causal_conv1d", "gdn_gates", "gated_delta_rule"}
+    if kinds <= {"linear_attention"}:
+        unused |= {"attention_prologue", "varlen_attention", "sigmoid_gate"}
+    elif not spec.attention_gate:
+        unused.add("sigmoid_gate")
+    return frozenset(OPS) - unused
+
+
+def _choose(
+    op: str, device: torch.device, dtype: torch.dtype, spec: ModelShape
+) -> tuple[Callable[..., object], str, bool]:
+    if op not in used_ops(spec):
+        return _REFERENCES[op], "reference (this model has no layer that calls it)", False
     refused = []
     for candidate in FUSED.get(op, ()):
         objection = candidate.objection(device, dtype, spec)
         if not objection:
             function = getattr(importlib.import_module(candidate.module), candidate.function)
-            return function, "; ".join([f"{candidate.name} on {device.type}", *refused])
+            return function, "; ".join([f"{candidate.name} on {device.type}", *refused]), candidate.replayable
         refused.append(f"not {candidate.name}: {objection}")
     why = "; ".join(refused) if refused else f"no fused implementation for {device.type}"
-    return _REFERENCES[op], f"reference ({why})"
+    return _REFERENCES[op], f"reference ({why})", False
 
 
 def select_ops(device: torch.device, dtype: torch.dtype, spec: ModelShape) -> OpTable:
@@ -90,9 +109,13 @@ def select_ops(device: torch.device, dtype: torch.dtype, spec: ModelShape) -> Op
         spec: shape of the model.
     """
     chosen = {op: _choose(op, device, dtype, spec) for op in OPS}
-    for op, (_, reason) in chosen.items():
+    for op, (_, reason, _) in chosen.items():
         _log.info("%s: %s", op, reason)
-    return OpTable(**{op: f for op, (f, _) in chosen.items()}, reasons={op: why for op, (_, why) in chosen.items()})
+    return OpTable(
+        **{op: function for op, (function, _, _) in chosen.items()},
+        reasons={op: why for op, (_, why, _) in chosen.items()},
+        replayable=frozenset(op for op, (_, _, replayable) in chosen.items() if replayable),
+    )
 
 
 def reference_ops() -> OpTable:

@@ -8,18 +8,49 @@ does not need say "a document from T to T", which no kernel finds work in.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
 
-__all__ = ["StaticTables", "document_table"]
+__all__ = ["StaticTables", "boundaries_of", "document_table"]
 
 Rows = Callable[[tuple[int, ...]], Sequence[tuple[int, ...]]]
 
 _KEPT = 128
 _tables: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
+_checked: tuple[weakref.ref[torch.Tensor] | None, int, tuple[int, ...]] = (None, 0, ())
+"""The boundaries that were read last: every layer of a row asks for the same ones."""
+
+
+def boundaries_of(cu_seqlens_cpu: torch.Tensor, n_tokens: int) -> tuple[int, ...]:
+    """Returns a row's document boundaries as numbers, read and checked once a row rather than once a layer.
+
+    Args:
+        cu_seqlens_cpu: int32 [N + 1] on the host.
+        n_tokens: T of the row.
+
+    Raises:
+        ValueError: they do not rise strictly from 0 to T; a kernel would read out of bounds.
+    """
+    global _checked
+    known, version, boundaries = _checked
+    if known is None or known() is not cu_seqlens_cpu or version != cu_seqlens_cpu._version:
+        boundaries = tuple(cu_seqlens_cpu.tolist())
+        rising = all(a < b for a, b in itertools.pairwise(boundaries))
+        if len(boundaries) < 2 or boundaries[0] != 0 or not rising:
+            raise ValueError(
+                f"cu_seqlens must rise strictly from 0 to T = {n_tokens}; got {boundaries[:4]}...{boundaries[-1:]}."
+            )
+        _checked = weakref.ref(cu_seqlens_cpu), cu_seqlens_cpu._version, boundaries
+    if boundaries[-1] != n_tokens:
+        raise ValueError(
+            f"cu_seqlens must rise strictly from 0 to T = {n_tokens}; got {boundaries[:4]}...{boundaries[-1:]}."
+        )
+    return boundaries
 
 
 def document_table(

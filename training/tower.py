@@ -25,7 +25,7 @@ from sparktune.setup.plan.errors import UsageError
 from sparktune.setup.plan.schema import ModelSpec
 from sparktune.training.batch import MicroBatch
 
-__all__ = ["RecomputePolicy", "Slot", "TextTower"]
+__all__ = ["Block", "RecomputePolicy", "Slot", "TextTower"]
 
 RecomputePolicy = Literal["none", "norms", "layer", "all"]
 
@@ -78,10 +78,19 @@ class Block(nn.Module):
         cache: AttentionCache | DeltaNetCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes and returns the residual stream [T, H] as two summands: the last block's output and the rest."""
+        x, h = self.enter(delta, h)
+        return self.leave(x, h, row, cache)
+
+    def enter(self, delta: torch.Tensor | None, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the mixer's input and the whole residual stream, each [T, H]: all that the block depends on."""
         if delta is None:
-            x = self.ops.rms_norm(h, self.input_layernorm, self.eps, zero_centred=self.zero_centred)
-        else:
-            x, h = self.ops.add_rms_norm(delta, h, self.input_layernorm, self.eps, zero_centred=self.zero_centred)
+            return self.ops.rms_norm(h, self.input_layernorm, self.eps, zero_centred=self.zero_centred), h
+        return self.ops.add_rms_norm(delta, h, self.input_layernorm, self.eps, zero_centred=self.zero_centred)
+
+    def leave(
+        self, x: torch.Tensor, h: torch.Tensor, row: Row, cache: AttentionCache | DeltaNetCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what `forward` returns, from what `enter` gave."""
         x, h = self.ops.add_rms_norm(
             self.mixer(x, row, cache), h, self.post_attention_layernorm, self.eps, zero_centred=self.zero_centred
         )
@@ -176,18 +185,29 @@ class TextTower(nn.Module):
                 if hasattr(child, "rows"):
                     yield f"model.{path}", module, name, child
 
-    def _row(self, batch: MicroBatch) -> Row:
+    @property
+    def group_size(self) -> int:
+        """Blocks that the backward pass computes again from one kept input; 0: none is."""
+        return {"layer": 1, "all": math.isqrt(len(self.layers) - 1) + 1}.get(self.recompute, 0)
+
+    def row_of(self, batch: MicroBatch) -> Row:
+        """Returns what every layer needs to know of a micro-batch."""
         cos, sin = rotary_tables(batch.position_ids, self.inv_freq)
         key = None
         if self.training and torch.is_grad_enabled():
             key = DropoutKey(seed=self.dropout_seed, call=self.dropout_calls)
             self.dropout_calls += 1
         return Row(
-            cu_seqlens=batch.cu_seqlens, cu_seqlens_cpu=batch.cu_seqlens_cpu, max_seqlen=batch.max_seqlen, cos=cos,
-            sin=sin, dropout=key,
+            cu_seqlens=batch.cu_seqlens, cu_seqlens_cpu=batch.cu_seqlens_cpu,
+            positions=batch.position_ids.to(torch.int32), max_seqlen=batch.max_seqlen, cos=cos, sin=sin, dropout=key,
         )
 
-    def _final_norm(self, delta: torch.Tensor | None, h: torch.Tensor) -> torch.Tensor:
+    def saving(self) -> contextlib.AbstractContextManager[object]:
+        """Returns the context of a forward pass whose graph is kept: under `norms` it keeps recipes."""
+        return self._recomputed.saving() if self._recomputed else contextlib.nullcontext()
+
+    def final_norm(self, delta: torch.Tensor | None, h: torch.Tensor) -> torch.Tensor:
+        """Returns the hidden states that the head reads, [T, H]."""
         zero_centred, eps = self.spec.zero_centred_norm, self.spec.norm_eps
         ops = self._recomputed.ops if self._recomputed else self.ops
         if delta is None:
@@ -205,11 +225,11 @@ class TextTower(nn.Module):
         Args:
             batch: one row of documents, on the model's device.
         """
-        row = self._row(batch)
+        row = self.row_of(batch)
         h = F.embedding(batch.ids, self.embed_tokens)
-        if self.recompute in ("layer", "all") and torch.is_grad_enabled():
+        step = self.group_size
+        if step and torch.is_grad_enabled():
             # Without a global generator's state to keep: dropout masks are a function of row.dropout.
-            step = 1 if self.recompute == "layer" else math.isqrt(len(self.layers) - 1) + 1
             for first in range(0, len(self.layers), step):
                 if step == 1:
                     h = self._group_of_blocks(first, first + 1, h, row)
@@ -218,12 +238,12 @@ class TextTower(nn.Module):
                         self._group_of_blocks, first, first + step, h, row, use_reentrant=False,
                         preserve_rng_state=False,
                     )
-            return self._final_norm(None, h)
-        with self._recomputed.saving() if self._recomputed else contextlib.nullcontext():
+            return self.final_norm(None, h)
+        with self.saving():
             delta = None
             for block in self.layers:
                 delta, h = block(delta, h, row)
-            return self._final_norm(delta, h)
+            return self.final_norm(delta, h)
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Returns the sum of the cross-entropy over the supervised rows: 0-d float32 (float64 in float64)."""
@@ -270,10 +290,11 @@ class TextTower(nn.Module):
         positions = torch.arange(start, start + len(ids), device=self.device)
         cos, sin = rotary_tables(positions, self.inv_freq)
         row = Row(
-            cu_seqlens=cu_seqlens.to(self.device), cu_seqlens_cpu=cu_seqlens, max_seqlen=len(ids), cos=cos, sin=sin
+            cu_seqlens=cu_seqlens.to(self.device), cu_seqlens_cpu=cu_seqlens, positions=positions.to(torch.int32),
+            max_seqlen=len(ids), cos=cos, sin=sin,
         )
         delta, h = None, F.embedding(torch.tensor(ids, device=self.device), self.embed_tokens)
         for block, cache in zip(self.layers, caches, strict=True):
             delta, h = block(delta, h, row, cache)
         assert delta is not None, "a model has layers"
-        return F.linear(self._final_norm(delta[-1:], h[-1:]), self.head_weight)[0]
+        return F.linear(self.final_norm(delta[-1:], h[-1:]), self.head_weight)[0]

@@ -28,11 +28,10 @@ def check_conv(channels: int, weight: torch.Tensor) -> None:
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, cu_seqlens: torch.Tensor, sizes: tuple[int, ...]
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor, sizes: tuple[int, ...]
     ) -> tuple[torch.Tensor, ...]:
         ctx.place = grad_columns(x)
         x = x if x.stride(-1) == 1 else x.contiguous()
-        positions = token_positions(cu_seqlens, x.shape[0])
         ctx.save_for_backward(x, weight, positions)
         return tuple(causal_conv1d_fwd(x, weight, positions, sizes))
 
@@ -48,7 +47,7 @@ class _CausalConv1d(torch.autograd.Function):
 
 def causal_conv1d_fused(
     x: torch.Tensor, weight: torch.Tensor, cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor,
-    split: Sequence[int] | None = None,
+    split: Sequence[int] | None = None, positions: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """silu of a depthwise causal convolution that starts afresh at every document; one launch each way.
 
@@ -58,17 +57,25 @@ def causal_conv1d_fused(
         cu_seqlens: int32 [N + 1] on x's device.
         cu_seqlens_cpu: the same on the host; not read here.
         split: widths of one to three segments that sum to C (q, k, v), or None.
+        positions: int32 [T] on x's device, each token's place in its document, where the row has them already (they
+            are the same for every layer); computed of `cu_seqlens` if None.
 
     Returns:
         [T, C] in x's dtype, contiguous; with `split` a tuple of contiguous [T, width] tensors, whose gradients are
         read where they lie.
 
     Raises:
-        ValueError: the weight's shape or layout does not fit.
+        ValueError: the weight's shape or layout, `split` or `positions` does not fit.
     """
     check_conv(x.shape[1], weight)
+    if positions is None:
+        positions = token_positions(cu_seqlens, x.shape[0])
+    elif positions.shape != x.shape[:1] or positions.dtype != torch.int32:
+        raise ValueError(
+            f"positions must be int32 [{x.shape[0]}], got {positions.dtype} {list(positions.shape)}: one a token"
+        )
     if split is None:
-        return _CausalConv1d.apply(x, weight, cu_seqlens, (x.shape[1],))[0]
+        return _CausalConv1d.apply(x, weight, positions, (x.shape[1],))[0]
     if sum(split) != x.shape[1] or not 1 <= len(split) <= 3:
         raise ValueError(f"split {tuple(split)} must be one to three widths that sum to {x.shape[1]}")
-    return _CausalConv1d.apply(x, weight, cu_seqlens, tuple(split))
+    return _CausalConv1d.apply(x, weight, positions, tuple(split))

@@ -14,7 +14,7 @@ __all__ = ["causal_conv1d_reference"]
 
 def causal_conv1d_reference(
     x: torch.Tensor, weight: torch.Tensor, cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor,
-    split: Sequence[int] | None = None,
+    split: Sequence[int] | None = None, positions: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Returns silu(sum_j weight[:, j] * x[t - (W - 1) + j]); terms from before the document's start are zero.
 
@@ -24,6 +24,7 @@ def causal_conv1d_reference(
         cu_seqlens: int32 [N + 1], from 0 to T, strictly increasing.
         cu_seqlens_cpu: the same on the host.
         split: widths of the segments (q, k, v) to return apart, or None.
+        positions: each token's place in its document; not read here, the boundaries say it.
 
     Returns:
         [T, C] of x's dtype, or one [T, width] tensor a segment; computed in float32 (float64 for float64).

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 
 import torch
 
+from sparktune.kernels.tables import boundaries_of
+
 __all__ = ["gated_delta_rule_fla"]
 
 CHUNK = 64
@@ -90,10 +92,5 @@ def gated_delta_rule_fla(
         ValueError: `cu_seqlens_cpu` does not rise strictly from 0 to T (fla's kernels would read out of bounds).
         RuntimeError: from fla, on Hopper with Triton 3.4 to 3.7.0 without tilelang.
     """
-    boundaries = tuple(cu_seqlens_cpu.tolist())
-    rising = all(a < b for a, b in itertools.pairwise(boundaries))
-    if len(boundaries) < 2 or boundaries[0] != 0 or boundaries[-1] != q.shape[0] or not rising:
-        raise ValueError(
-            f"cu_seqlens must rise strictly from 0 to T = {q.shape[0]}; got {boundaries[:4]}...{boundaries[-1:]}."
-        )
+    boundaries = boundaries_of(cu_seqlens_cpu, q.shape[0])
     return FlaDeltaRuleFunction.apply(q, k, v, g, beta, cu_seqlens, _chunk_indices(boundaries, q.device))

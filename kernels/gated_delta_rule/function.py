@@ -20,7 +20,7 @@ from sparktune.kernels.gated_delta_rule.triton import (
     prepare_backward_kernel,
     wy_gradients_kernel,
 )
-from sparktune.kernels.tables import document_table
+from sparktune.kernels.tables import boundaries_of, document_table
 from sparktune.kernels.varlen_attention.triton import reduce_heads_kernel
 
 __all__ = [
@@ -107,7 +107,7 @@ def _documents(boundaries: tuple[int, ...]) -> list[tuple[int, int, int]]:
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, boundaries: tuple[int, ...]
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor
 ) -> None:
     n_tokens, n_heads = v.shape[0], v.shape[1]
     if q.shape != k.shape or q.shape[0] != n_tokens or n_heads % k.shape[1]:
@@ -130,11 +130,6 @@ def _check(
         raise ValueError(
             f"{n_tokens} tokens with {max(x.stride(0) for x in (q, k, v))} elements between them exceed the kernels' "
             "32-bit offsets. Lower the pack length."
-        )
-    rising = all(a < b for a, b in itertools.pairwise(boundaries))
-    if len(boundaries) < 2 or boundaries[0] != 0 or boundaries[-1] != n_tokens or not rising:
-        raise ValueError(
-            f"cu_seqlens must rise strictly from 0 to T = {n_tokens}; got {boundaries[:4]}...{boundaries[-1:]}."
         )
 
 
@@ -302,8 +297,8 @@ def gated_delta_rule_fused(
     Source: Yang et al. 2024, "Gated Delta Networks"; the chunked WY form of Yang et al. 2024, "Parallelizing Linear
     Transformers with the Delta Rule over Sequence Length".
     """
-    boundaries = tuple(cu_seqlens_cpu.tolist())
-    _check(q, k, v, g, beta, boundaries)
+    boundaries = boundaries_of(cu_seqlens_cpu, v.shape[0])
+    _check(q, k, v, g, beta)
     constants = {"HK": k.shape[1], "HV": v.shape[1], "K": k.shape[2], "V": v.shape[2], "C": CHUNK}
     sizes = DeltaRuleSizes(
         boundaries=boundaries, scale=k.shape[2] ** -0.5, constants=constants,

@@ -66,7 +66,7 @@ class GatedDeltaNet(nn.Module):
         g, beta = self.ops.gdn_gates(a, b, self.A_log, self.dt_bias)
         if cache is None or cache.empty:
             q, k, v = self.ops.causal_conv1d(
-                qkv, self.conv1d, row.cu_seqlens, row.cu_seqlens_cpu, split=self.channels
+                qkv, self.conv1d, row.cu_seqlens, row.cu_seqlens_cpu, split=self.channels, positions=row.positions
             )
         else:
             q, k, v = cache.convolve(qkv, self.conv1d).split(self.channels, dim=-1)

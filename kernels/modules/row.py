@@ -25,6 +25,8 @@ class Row:
     cu_seqlens: torch.Tensor
     """int32 [N + 1]."""
     cu_seqlens_cpu: torch.Tensor
+    positions: torch.Tensor
+    """int32 [T]: each token's place in its document, from 0."""
     max_seqlen: int
     cos: torch.Tensor
     """float32 (float64 in float64) [T, R]."""

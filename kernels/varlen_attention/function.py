@@ -13,7 +13,7 @@ from functools import cache
 import torch
 import triton
 
-from sparktune.kernels.tables import document_table
+from sparktune.kernels.tables import boundaries_of, document_table
 from sparktune.kernels.varlen_attention.triton import (
     attention_dkv_kernel,
     attention_dq_kernel,
@@ -106,7 +106,7 @@ def document_tiles(boundaries: tuple[int, ...], block: int, device: torch.device
     return document_table(("attention", block, of_keys), boundaries, device, rows, width=3, block=block)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, boundaries: tuple[int, ...], window: int | None) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> None:
     n_tokens, n_heads, head_dim = q.shape
     if head_dim not in HEAD_DIMS or k.shape[-1] != head_dim or v.shape[-1] != head_dim:
         raise ValueError(
@@ -123,11 +123,6 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, boundaries: tuple[
         raise ValueError(
             f"{n_tokens} tokens with {max(q.stride(0), k.stride(0), v.stride(0))} elements between them exceed the "
             "kernels' 32-bit offsets. Lower the pack length."
-        )
-    rising = all(a < b for a, b in itertools.pairwise(boundaries))
-    if len(boundaries) < 2 or boundaries[0] != 0 or boundaries[-1] != n_tokens or not rising:
-        raise ValueError(
-            f"cu_seqlens must rise strictly from 0 to T = {n_tokens}; got {boundaries[:4]}...{boundaries[-1:]}."
         )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token or None; got {window}.")
@@ -241,8 +236,8 @@ def varlen_attention_fused(
 
     Source: FlashAttention-2 (Dao 2023), with the backward split into a dq pass and a dk/dv pass.
     """
-    boundaries = tuple(cu_seqlens_cpu.tolist())
-    _check(q, k, v, boundaries, window)
+    boundaries = boundaries_of(cu_seqlens_cpu, q.shape[0])
+    _check(q, k, v, window)
     return VarlenAttentionFunction.apply(q, k, v, boundaries, scale, window or 0)
 
 
@@ -265,7 +260,8 @@ def varlen_attention_flash(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    _check(q, k, v, tuple(cu_seqlens_cpu.tolist()), window)
+    boundaries_of(cu_seqlens_cpu, q.shape[0])
+    _check(q, k, v, window)
     known = _varlen_attn_parameters()
     options: dict[str, object] = {}
     if "window_size" in known:

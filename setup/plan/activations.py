@@ -218,7 +218,7 @@ def _gdn(b: _Builder, spec: ModelSpec, step: Step) -> Callable[[], None]:
     })
     out = _Group(values, {"out_proj": spec.hidden_size})
     product = T * projections.columns * E
-    b.keep("product", product, T * FP32)  # qkv | z | b | a, and each token's position
+    b.keep("product", product)  # qkv | z | b | a
     b.keep("qkv", T * HK * K * E, T * HK * K * E, T * values * E)
     b.keep("rule", T * HV * FP32, T * HV * FP32, 2 * T * HK * FP32, chunks * HV * _CHUNK**2 * E)
     b.keep("o", T * values * E)
@@ -329,7 +329,8 @@ def step_bytes(spec: ModelSpec, policy: str, step: Step) -> StepBytes:
     gradients = sum(layer.gradients for layer in layers)
     head_gradient = FP32 * spec.vocab_size * spec.hidden_size if step.full else 0
     tied = allocated(spec.vocab_size * spec.hidden_size * E) if step.full and spec.tie_word_embeddings else 0
-    row = _sum([step.tokens * spec.rope_dim * FP32] * 2) + 2 * step.supervised * 8
+    # cos, sin and each token's position; the supervised rows and their targets
+    row = _sum([step.tokens * spec.rope_dim * FP32] * 2 + [step.tokens * FP32]) + 2 * step.supervised * 8
     if policy in ("none", "norms"):
         kept_of = [layer.kept - (layer.again if policy == "norms" else 0) for layer in layers]
         kept_all = sum(kept_of)

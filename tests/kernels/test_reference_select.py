@@ -20,7 +20,8 @@ def test_cpu_runs_the_references_and_says_so() -> None:
     for op in OPS:
         assert getattr(table, op) is getattr(plain, op), op
         assert table.reasons[op].startswith("reference ("), op
-    assert {f.name for f in fields(OpTable)} == {*OPS, "reasons"}
+    assert {f.name for f in fields(OpTable)} == {*OPS, "reasons", "replayable"}
+    assert table.replayable == frozenset(), "references read a row's boundaries on the host"
 
 
 def test_candidates_are_asked_in_order(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -76,7 +76,9 @@ def _one_document(cu_seqlens: torch.Tensor) -> torch.Tensor:
     return cu_seqlens[[0, -1]]
 
 
-def _conv_without_reset(x: Any, weight: Any, cu_seqlens: Any, cu_seqlens_cpu: Any, split: Any = None) -> Any:
+def _conv_without_reset(
+    x: Any, weight: Any, cu_seqlens: Any, cu_seqlens_cpu: Any, split: Any = None, positions: Any = None
+) -> Any:
     return causal_conv1d_reference(x, weight, _one_document(cu_seqlens), _one_document(cu_seqlens_cpu), split)
 
 
