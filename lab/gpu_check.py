@@ -1,6 +1,6 @@
 """On a GPU: every fused op right first, then its time and bytes a second, at the shapes of Qwen3.5-2B.
 
-usage: PYTHONPATH=src python -m sparktune.lab.gpu_check [--seeds 5] [--out CSV] [--only NAME] [--no-time]
+usage: python -m sparktune.lab.gpu_check [--seeds 20] [--out CSV] [--errors CSV] [--only NAME] [--no-time]
 
 Correctness: the cases of lab/kernel_cases.py in fp32 and bf16 on the device against fp64, bf16 errors at most 1.05x
 (RMS) and 1.5x (largest) the bf16 reference's over the seeds. Nothing is timed on red. Then medians of graph replays
@@ -11,19 +11,20 @@ it is to a copy.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from sparktune.lab.gpu_check_ops import TIMED, Timed
 from sparktune.lab.kernel_cases import CASES, Case, errors_of
+from sparktune.lab.measure import device_ms, machine_row
+from sparktune.lab.table import append_rows
 
 __all__ = ["main"]
 
@@ -60,8 +61,8 @@ def _judge(case: Case, device: torch.device, seeds: int) -> list[Verdict]:
     return verdicts
 
 
-def check(device: torch.device, seeds: int, only: str) -> bool:
-    """Prints every red verdict and a summary; returns whether all are green."""
+def check(device: torch.device, seeds: int, only: str, out: Path | None) -> bool:
+    """Prints every red verdict and a summary, appends all verdicts to `out`; returns whether all are green."""
     # TF32 would make the fp32 reference, not the kernel, the one that is off
     torch.backends.cuda.matmul.allow_tf32 = False
     verdicts, broken = [], []
@@ -80,44 +81,10 @@ def check(device: torch.device, seeds: int, only: str) -> bool:
     worst = max((v.rms_ratio for v in verdicts if v.dtype == "bf16"), default=0.0)
     print(f"checked {len(verdicts)} outputs and gradients: {len(red)} red, {len(broken)} cases broken; "
           f"worst bf16 RMS ratio {worst:.3f}", flush=True)
+    if out is not None:
+        where = {**machine_row(), "seeds": seeds}
+        append_rows(out, [{**where, **asdict(v)} for v in verdicts])
     return not red and not broken
-
-
-def _replay_ms(body: Callable[[], object], repeats: int) -> float:
-    """Median time of one replay of a graph that holds `repeats` calls of `body`."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            body()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            body()
-    times = []
-    for _ in range(9):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
-
-
-def _time(call: Callable[[], object], repeats: int = 5) -> float:
-    """Milliseconds of device time: a graph of (flush the cache, call) less a graph of flushes, so no launch gap counts.
-
-    A capture also proves that the call never waits for the device.
-    """
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-
-    def both() -> None:
-        flush.zero_()
-        call()
-
-    return (_replay_ms(both, repeats) - _replay_ms(flush.zero_, repeats)) / repeats
 
 
 def _host_us(call: Callable[[], object], repeats: int = 10) -> float:
@@ -133,12 +100,12 @@ def _host_us(call: Callable[[], object], repeats: int = 10) -> float:
 
 def _bench(op: Timed, copy_tb_s: float) -> dict[str, object]:
     inputs = op.make()
-    forward_ms = _time(lambda: op.forward(inputs))
+    forward_ms = device_ms(lambda: op.forward(inputs))
     row: dict[str, object] = {"op": op.name, "forward_ms": round(forward_ms, 4)}
     total_ms = None
     if op.step is not None:
         step = op.step
-        total_ms = _time(lambda: step(inputs))
+        total_ms = device_ms(lambda: step(inputs))
         row["step_ms"] = round(total_ms, 4)
     busy = total_ms if total_ms is not None else forward_ms
     if op.gbytes:
@@ -156,16 +123,13 @@ def _bench(op: Timed, copy_tb_s: float) -> dict[str, object]:
 def _copy_tb_s() -> float:
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / _time(lambda: target.copy_(source)) / 1e9
+    return 2 * source.numel() / device_ms(lambda: target.copy_(source)) / 1e9
 
 
 def bench(out: Path | None, only: str) -> None:
     """Times every op, prints a table, appends the rows to `out`."""
     copy_tb_s = _copy_tb_s()
-    where = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_tb_s": round(copy_tb_s, 3),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    where = {**machine_row(), "copy_tb_s": round(copy_tb_s, 3)}
     print(f"copy {copy_tb_s:.2f} TB/s; model_ms is one forward and backward of 24 layers at 5376 tokens")
     columns = [
         "op", "forward_ms", "step_ms", "gbytes", "tb_s", "of_copy", "tflop_s", "host_us", "per_model", "model_ms",
@@ -184,26 +148,22 @@ def bench(out: Path | None, only: str) -> None:
         rows.append({**where, **{c: row.get(c, "") for c in columns}})
         print(" ".join(f"{row.get(c, '')!s:>38}" if c == "op" else f"{row.get(c, '')!s:>10}" for c in columns),
               flush=True)
-    if out is not None and rows:
-        new = not out.exists()
-        with out.open("a", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=list(rows[0]))
-            if new:
-                table.writeheader()
-            table.writerows(rows)
+    if out is not None:
+        append_rows(out, rows)
 
 
 def main() -> int:
     """Checks, then times. Returns 1 on red."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5, help="bf16 seeds a case")
+    parser.add_argument("--seeds", type=int, default=20, help="bf16 seeds a case")
     default = os.path.join(os.environ["OUT"], "kernels.csv") if "OUT" in os.environ else None
     parser.add_argument("--out", type=Path, default=Path(default) if default else None, help="CSV to append to")
+    parser.add_argument("--errors", type=Path, help="CSV of every output's and gradient's error over the reference's")
     parser.add_argument("--only", default="", help="only cases and ops whose name contains this")
     parser.add_argument("--no-time", action="store_true", help="correctness only")
     options = parser.parse_args()
     start = time.time()
-    green = check(torch.device("cuda"), options.seeds, options.only)
+    green = check(torch.device("cuda"), options.seeds, options.only, options.errors)
     print(f"correctness took {time.time() - start:.0f} s", flush=True)
     if not green:
         print("nothing is timed on red", file=sys.stderr)

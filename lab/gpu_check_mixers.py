@@ -1,6 +1,6 @@
 """On a GPU: attention and the gated delta rule right first, then timed beside PyTorch's and fla's.
 
-usage: PYTHONPATH=src python -m sparktune.lab.gpu_check_mixers [--only NAME] [--no-time] [--out CSV]
+usage: python -m sparktune.lab.gpu_check_mixers [--only NAME] [--seeds 20] [--no-time] [--out CSV] [--errors CSV]
 
 Correctness: odd documents, grouped heads, a window; bf16 against fp64. Attention's error is at most 1.05x (RMS) and
 1.5x (largest) the bf16 reference's. The delta rule's reference computes in fp32 throughout, which no tensor-core form
@@ -12,13 +12,15 @@ from Python, forward and backward, which shows what the host costs.
 from __future__ import annotations
 
 import argparse
-import csv
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +30,16 @@ from sparktune.kernels.gated_delta_rule.function import gated_delta_rule_fused
 from sparktune.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from sparktune.kernels.varlen_attention.function import varlen_attention_flash, varlen_attention_fused
 from sparktune.kernels.varlen_attention.reference import varlen_attention_reference
-from sparktune.lab.measure import machine_row
+from sparktune.lab.measure import device_ms, machine_row
+from sparktune.lab.table import append_rows
 
 __all__ = [
-    "attention_inputs", "attention_run", "delta_rule_inputs", "delta_rule_run", "device_ms", "errors", "main",
+    "attention_inputs", "attention_run", "boundaries", "delta_rule_inputs", "delta_rule_run", "errors", "main",
 ]
 
 Tensors = list[torch.Tensor]
 Attention = Callable[..., torch.Tensor]
+Row = dict[str, object]
 OWN_RULES = ("triton", "triton keep_states")
 PACKED = [1732, 911, 2048, 403, 282]
 """5376 tokens in documents of 1,075 on average."""
@@ -131,17 +135,40 @@ DELTA_RULE_CASES: list[tuple[list[int], int, int]] = [
 ATTENTION_NAMES, DELTA_RULE_NAMES = ("o", "dq", "dk", "dv"), ("o", "dq", "dk", "dv", "dg", "dbeta")
 
 
-def check_attention() -> set[str]:
-    """Prints every candidate's error over the reference's; returns the candidates that are right everywhere."""
-    right = set(ATTENTION)
+class Trial:
+    """One case over some seeds, its inputs and float64 truths made once.
+
+    Args:
+        make: seed -> inputs.
+        run: runs a candidate on inputs and returns its output and gradients.
+        reference: the candidate whose float64 results are the truth.
+        seeds: how many.
+    """
+
+    def __init__(self, make: Callable[[int], Tensors], run: Callable[..., Tensors], reference: Callable[..., Any],
+                 seeds: int) -> None:
+        self.run, self.inputs = run, [make(seed) for seed in range(seeds)]
+        self.truths = [run(reference, [x.double() for x in tensors]) for tensors in self.inputs]
+
+    def errors(self, candidate: Callable[..., Any]) -> list[tuple[float, float]]:
+        """Returns (RMS over the seeds of the relative RMS error, largest relative error) of each tensor."""
+        runs = [errors(self.run(candidate, x), truth) for x, truth in zip(self.inputs, self.truths, strict=True)]
+        return [(math.sqrt(statistics.fmean(rms**2 for rms, _ in tensor)), max(largest for _, largest in tensor))
+                for tensor in zip(*runs, strict=True)]
+
+
+def check_attention(seeds: int) -> tuple[set[str], list[Row]]:
+    """Prints every candidate's error over the reference's; returns the candidates right everywhere, and the rows."""
+    right, rows = set(ATTENTION), []
     for lengths, heads, kv_heads, dim, window in ATTENTION_CASES:
-        tensors = attention_inputs(sum(lengths), heads, kv_heads, dim)
-        truth = attention_run(varlen_attention_reference, [x.double() for x in tensors], lengths, window)
-        limit = errors(attention_run(varlen_attention_reference, tensors, lengths, window), truth)
+        shape = f"{lengths} heads {heads}/{kv_heads} D {dim} window {window}"
+        trial = Trial(partial(attention_inputs, sum(lengths), heads, kv_heads, dim),
+                      partial(attention_run, lengths=lengths, window=window), varlen_attention_reference, seeds)
+        limit = trial.errors(varlen_attention_reference)
         for name, attention in ATTENTION.items():
-            label = f"attention {name:8} {lengths} heads {heads}/{kv_heads} D {dim} window {window}"
+            label = f"attention {name:8} {shape}"
             try:
-                found = errors(attention_run(attention, tensors, lengths, window), truth)
+                found = trial.errors(attention)
             except Exception as error:
                 right.discard(name)
                 print(f"CANNOT {label}: {type(error).__name__}: {str(error)[:240]}", flush=True)
@@ -151,19 +178,25 @@ def check_attention() -> set[str]:
             right -= set() if ok else {name}
             parts = " ".join(f"{n} {r:.2f}/{m:.2f}" for n, (r, m) in zip(ATTENTION_NAMES, ratios, strict=True))
             print(f"{'ok ' if ok else 'RED'} {label}: {parts}", flush=True)
-    return right
+            rows += [{"op": "attention", "candidate": name, "shape": shape, "seeds": seeds, "what": what, "ok": ok,
+                      "rms_over_reference": round(r, 4), "largest_over_reference": round(m, 4)}
+                     for what, (r, m) in zip(ATTENTION_NAMES, ratios, strict=True)]
+    return right, rows
 
 
-def check_delta_rule() -> set[tuple[str, bool]]:
-    """Prints every candidate's relative RMS error; returns the (candidate, with grouped heads) that are right."""
+def check_delta_rule(seeds: int) -> tuple[set[tuple[str, bool]], list[Row]]:
+    """Prints every candidate's relative RMS error; returns the (candidate, with grouped heads) right, and the rows."""
     right = {(name, grouped) for name in DELTA_RULE for grouped in (False, True)}
+    rows: list[Row] = []
     for lengths, key_heads, value_heads in DELTA_RULE_CASES:
-        tensors = delta_rule_inputs(sum(lengths), key_heads, value_heads)
-        truth = delta_rule_run(gated_delta_rule_reference, [x.double() for x in tensors], lengths)
+        shape = f"{lengths} heads {key_heads}/{value_heads}"
+        runs = seeds if sum(lengths) < 1000 else 2  # the long case takes most of the time
+        trial = Trial(partial(delta_rule_inputs, sum(lengths), key_heads, value_heads),
+                      partial(delta_rule_run, lengths=lengths), gated_delta_rule_reference, runs)
         for name, rule in DELTA_RULE.items():
-            label = f"delta rule {name:18} {lengths} heads {key_heads}/{value_heads}"
+            label = f"delta rule {name:18} {shape}"
             try:
-                found = errors(delta_rule_run(rule, tensors, lengths), truth)
+                found = trial.errors(rule)
             except Exception as error:
                 right.discard((name, value_heads > key_heads))
                 print(f"CANNOT {label}: {type(error).__name__}: {str(error)[:240]}", flush=True)
@@ -172,42 +205,10 @@ def check_delta_rule() -> set[tuple[str, bool]]:
             right -= set() if ok else {(name, value_heads > key_heads)}
             parts = " ".join(f"{n} {r:.1e}" for n, (r, _) in zip(DELTA_RULE_NAMES, found, strict=True))
             print(f"{'ok ' if ok else 'RED'} {label}: {parts}", flush=True)
-    return right
-
-
-def device_ms(call: Callable[[], object], repeats: int = 5) -> float:
-    """Median device time of one call, launches excluded: a graph of (flush the cache, call) less one of flushes.
-
-    Raises what the capture raises where the call waits for the device.
-    """
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-
-    def replay(body: Callable[[], object]) -> float:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                body()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                body()
-        times = []
-        for _ in range(7):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        return statistics.median(times)
-
-    def both() -> None:
-        flush.zero_()
-        call()
-
-    return (replay(both) - replay(flush.zero_)) / repeats
+            rows += [{"op": "delta rule", "candidate": name, "shape": shape, "seeds": runs, "what": what, "ok": ok,
+                      "relative_rms": f"{r:.3e}", "relative_largest": f"{m:.3e}"}
+                     for what, (r, m) in zip(DELTA_RULE_NAMES, found, strict=True)]
+    return right, rows
 
 
 def _wall_ms(call: Callable[[], object], layers: int = 18) -> float:
@@ -311,12 +312,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = os.path.join(os.environ["OUT"], "mixers.csv") if "OUT" in os.environ else None
     parser.add_argument("--out", type=Path, default=Path(default) if default else None, help="CSV to append to")
+    parser.add_argument("--seeds", type=int, default=20, help="seeds a case; one where the truth is long")
+    parser.add_argument("--errors", type=Path, help="CSV of every output's and gradient's error")
     parser.add_argument("--only", choices=("attention", "delta_rule"), help="one of the two ops")
     parser.add_argument("--no-time", action="store_true", help="correctness only")
     options = parser.parse_args()
     start = time.time()
-    right_attention = check_attention() if options.only != "delta_rule" else set()
-    right_rule = check_delta_rule() if options.only != "attention" else set()
+    right_attention, found = check_attention(options.seeds) if options.only != "delta_rule" else (set(), [])
+    right_rule, more = check_delta_rule(options.seeds) if options.only != "attention" else (set(), [])
+    if options.errors is not None:
+        append_rows(options.errors, [{**machine_row(), **row} for row in (*found, *more)])
     print(f"correctness took {time.time() - start:.0f} s", flush=True)
     red = []
     if options.only != "delta_rule" and "triton" not in right_attention:
@@ -330,13 +335,8 @@ def main() -> int:
         return 0
     rows = (bench_attention(right_attention) if options.only != "delta_rule" else [])
     rows += bench_delta_rule(right_rule) if options.only != "attention" else []
-    if options.out is not None and rows:
-        new = not options.out.exists()
-        with options.out.open("a", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=[*machine_row(), *rows[0]])
-            if new:
-                table.writeheader()
-            table.writerows({**machine_row(), **row} for row in rows)
+    if options.out is not None:
+        append_rows(options.out, [{**machine_row(), **row} for row in rows])
     print(f"all took {time.time() - start:.0f} s")
     return 0
 

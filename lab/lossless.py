@@ -9,7 +9,6 @@ Prints, for each variant, its largest and mean deviation of the loss from fp32, 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import tempfile
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from sparktune.kernels.select import reference_ops
 from sparktune.lab.measure import machine_row
 from sparktune.lab.native import build_engine, micro_batches
 from sparktune.lab.shapes import make_model, random_documents
+from sparktune.lab.table import append_rows
 from sparktune.setup.plan.rundir import cache_dir
 
 __all__ = ["main"]
@@ -118,12 +118,7 @@ def main() -> None:
         print(f"{variant:10s} max {max(deviations):.3e} mean {sum(deviations) / len(deviations):.3e}  "
               + " ".join(f"{x:.4f}" for x in values[:: max(1, len(values) // 8)]))
     if a.csv:
-        new = not a.csv.exists()
-        with a.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append_rows(a.csv, rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""Times optimiser steps the same way for every engine: wall clock, GPU-busy time, launches, peak memory."""
+"""Times optimiser steps and single calls the same way for every engine: wall clock, GPU-busy time, launches, memory."""
 
 from __future__ import annotations
 
-import csv
+import importlib.metadata
 import json
+import os
 import platform
+import shlex
+import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,7 +17,11 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["StepTimes", "append_row", "machine_row", "measure_steps", "profile_step"]
+from sparktune.lab.table import append_rows
+
+__all__ = ["StepTimes", "append_row", "device_ms", "machine_row", "measure_steps", "profile_step", "steps_row"]
+
+PEERS = ("peft", "fla-core", "causal-conv1d", "tilelang", "unsloth", "liger-kernel")
 
 
 @dataclass(kw_only=True)
@@ -89,26 +97,86 @@ def profile_step(step: Callable[[], torch.Tensor]) -> tuple[float, int, list[tup
     return busy / 1e3, len(spans), table
 
 
+def device_ms(call: Callable[[], object], repeats: int = 5, replays: int = 9) -> float:
+    """Returns the median device time of one call with a cold cache, launch gaps left out.
+
+    A graph of (flush the cache, call) `repeats` times, less a graph of the flushes alone. The capture also proves that
+    the call never waits for the device: it raises what the capture raises where one does.
+
+    Args:
+        call: what to time; its inputs stay where they are between replays.
+        repeats: calls in a graph.
+        replays: of each graph.
+    """
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+
+    def both() -> None:
+        flush.zero_()
+        call()
+
+    return (_replay_ms(both, repeats, replays) - _replay_ms(flush.zero_, repeats, replays)) / repeats
+
+
+def _replay_ms(body: Callable[[], object], repeats: int, replays: int) -> float:
+    """Median time of one replay of a graph that holds `repeats` calls of `body`."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            body()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            body()
+    times = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
 def machine_row() -> dict[str, str]:
-    """Returns what a row must say about where it was measured."""
+    """Returns what a row must say about where it was measured.
+
+    LAB_SITTING names the sitting and LAB_COMMIT the commit where the checkout has no git; both may be unset.
+    """
     import transformers
     import triton
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or "unknown", "date": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": commit.stdout.strip() or os.environ.get("LAB_COMMIT", "unknown"),
+        "date": time.strftime("%Y-%m-%d %H:%M"), "sitting": os.environ.get("LAB_SITTING", ""),
     }
 
 
+def command_row() -> dict[str, str]:
+    """Returns the command that was started and the versions of the peers' packages that are installed."""
+    module = sys.modules["__main__"].__spec__
+    name = module.name if module else sys.argv[0]
+    versions = []
+    for package in PEERS:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"packages": "; ".join(versions), "command": shlex.join(["python", "-m", name, *sys.argv[1:]])}
+
+
+def steps_row(times: StepTimes, **extra: object) -> dict[str, object]:
+    """Returns the CSV row of one engine's steps: machine, settings, figures, losses, command."""
+    losses = [round(x, 5) for x in times.losses]
+    return {**machine_row(), **extra, **asdict(times), "losses": json.dumps(losses),
+            "first_loss": losses[0] if losses else "", "last_loss": losses[-1] if losses else "", **command_row()}
+
+
 def append_row(path: Path, times: StepTimes, **extra: object) -> None:
-    """Appends one row to a CSV, with a header if the file is new."""
-    row = {**machine_row(), **extra, **asdict(times), "losses": json.dumps([round(x, 5) for x in times.losses])}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    """Appends the row of one engine's steps to a CSV."""
+    append_rows(path, [steps_row(times, **extra)])

@@ -31,8 +31,17 @@ def micro_batches(lengths: list[int], supervised: float, accum: int, device: tor
     return [documents_row(random_documents(lengths, supervised, seed=7 + i)).to(device) for i in range(accum)]
 
 
-def documents_row(documents: list[tuple[torch.Tensor, torch.Tensor]]) -> MicroBatch:
-    """Returns the documents, (ids, labels) each, end to end as one micro-batch."""
+def documents_row(documents: list[tuple[torch.Tensor, torch.Tensor]], pad_to: int | None = None) -> MicroBatch:
+    """Returns the documents, (ids, labels) each, end to end as one micro-batch.
+
+    Args:
+        documents: at least one.
+        pad_to: tokens of the row; what the documents leave becomes one more document that teaches nothing.
+    """
+    real, examples = sum(len(ids) for ids, _ in documents), tuple(range(len(documents)))
+    if pad_to is not None and pad_to > real:
+        padding = torch.zeros(pad_to - real, dtype=torch.int64)
+        documents = [*documents, (padding, torch.full_like(padding, IGNORE_INDEX))]
     lengths = torch.tensor([len(ids) for ids, _ in documents])
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).to(torch.int32)))
     shifted = torch.cat([torch.cat((labels[1:], labels.new_full((1,), IGNORE_INDEX))) for _, labels in documents])
@@ -40,5 +49,5 @@ def documents_row(documents: list[tuple[torch.Tensor, torch.Tensor]]) -> MicroBa
     return MicroBatch(
         ids=torch.cat([ids for ids, _ in documents]), position_ids=torch.cat([torch.arange(n) for n in lengths]),
         cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens.clone(), max_seqlen=int(lengths.max()), supervised_rows=rows,
-        targets=shifted[rows], examples=tuple(range(len(documents))), real_tokens=int(lengths.sum()),
+        targets=shifted[rows], examples=examples, real_tokens=real,
     )

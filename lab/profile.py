@@ -1,6 +1,6 @@
 """One optimiser step under the lens: GPU-busy time, launches, bytes of the tensors each launch reads and writes.
 
-usage: python -m lab.profile VARIANT [the options of lab.side_by_side] [--csv FILE]
+usage: python -m lab.profile VARIANT [the options of lab.side_by_side]      (the same as its --bytes)
 
 Bytes are COUNTED FROM TENSORS, the same way for every engine, not read from DRAM counters: each operator of PyTorch
 counts its tensor arguments once and its results once, each Triton launch its tensor arguments once; views and
@@ -12,12 +12,9 @@ saw beyond those that were. The native engine runs eagerly here: a replayed grap
 from __future__ import annotations
 
 import contextlib
-import csv
 import importlib
-import json
 import sys
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -25,9 +22,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["TensorBytes", "counting", "main", "tensor_bytes"]
+from sparktune.lab.measure import StepTimes, profile_step
+
+__all__ = ["TensorBytes", "count_step", "counting", "main", "tensor_bytes"]
 
 _NOTHING = ("empty", "new_empty", "set_", "detach", "_local_scalar_dense", "resize_", "record_stream", "lift_fresh")
+INDUCTOR = "inductor "
 _GATHERS = ("embedding.", "index_select", "gather", "index.Tensor")
 
 
@@ -42,6 +42,11 @@ class TensorBytes(TorchDispatchMode):
     Attributes:
         by_name: operator or kernel -> (bytes, calls).
     """
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Lets torch.compile's code run as it does without this mode: its kernels are what is counted."""
+        return True
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +77,9 @@ class TensorBytes(TorchDispatchMode):
         name = func.name().removeprefix("aten::")
         if name.startswith(_NOTHING):
             return result
-        read = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
+        # `out=` is written, not read
+        given = {k: v for k, v in (kwargs or {}).items() if k != "out"}
+        read = [x for x in tree_iter((args, given)) if isinstance(x, torch.Tensor)]
         made = [x for x in tree_iter(result) if isinstance(x, torch.Tensor)]
         held = {x.untyped_storage().data_ptr() for x in read}
         if not func._schema.is_mutable and made and all(x.untyped_storage().data_ptr() in held for x in made):
@@ -111,7 +118,7 @@ def counting() -> Iterator[TensorBytes]:
             compiled_run = autotuner.run
 
             def counted_compiled(self: Any, *args: Any, **kwargs: Any) -> Any:
-                counts.launch(f"inductor {getattr(self.fn, '__name__', 'kernel')}", tree_iter((args, kwargs)))
+                counts.launch(f"{INDUCTOR}{getattr(self.fn, '__name__', 'kernel')}", tree_iter((args, kwargs)))
                 return compiled_run(self, *args, **kwargs)
 
             stack.enter_context(mock.patch.object(autotuner, "run", counted_compiled))
@@ -119,70 +126,53 @@ def counting() -> Iterator[TensorBytes]:
         yield counts
 
 
-def eager_native_step(options: Any, folder: Any) -> Callable[[], Any]:
-    """Returns one optimiser step of the native engine without CUDA graphs."""
-    from sparktune.lab.native import build_engine, micro_batches
+def count_step(step: Callable[[], Any], tokens: int, times: StepTimes) -> dict[str, object]:
+    """Counts one step's bytes and returns the columns that a row gains; prints what moved most to stderr.
 
-    full = "full" in options.variant
-    engine = build_engine(folder, rank=options.rank, full=full, recompute=options.recompute)
-    engine.graphs.objection = "a profile counts operators, which a replayed graph does not show"
-    lengths = [int(n) for n in options.lengths.split(",")]
-    batches = micro_batches(lengths, options.supervised, options.accum, torch.device("cuda"))
-    total = sum(batch.supervised_tokens for batch in batches)
+    Args:
+        step: runs one optimiser step; a NativeStep goes on without graphs.
+        tokens: real tokens of the step.
+        times: what was measured of it, for the launches that the profiler saw.
 
-    def step() -> Any:
-        loss = engine.forward_backward(batches, total)
-        engine.optimiser_step(1e-5 if full else 2e-4)
-        return loss
-
-    return step
-
-
-def main() -> int:
-    """Profiles one variant; prints the most expensive kernels and the largest movers, and a JSON line."""
-    from sparktune.lab.side_by_side import parse, peer_step
-
-    options = parse()
-    if not torch.cuda.is_available():
-        print("A profile needs a CUDA GPU; torch sees none here.", file=sys.stderr)
-        return 3
-    if options.variant.startswith("unsloth"):
-        import_module("unsloth")  # it must come before transformers
-    from sparktune.lab.measure import machine_row, profile_step
-    from sparktune.lab.shapes import make_model
-
-    folder = make_model(options.folder / options.size, options.size)
-    native = options.variant.startswith("native")
-    step = eager_native_step(options, folder) if native else peer_step(options, folder)
-    for _ in range(options.warmup + 1):
-        step()
-    torch.cuda.synchronize()
+    Raises:
+        RuntimeError: compiled kernels ran that were not counted, so that the sum would be too small.
+    """
+    without_graphs = getattr(step, "without_graphs", None)
+    if without_graphs is not None:
+        without_graphs("operators are counted, which a replayed graph does not show")
+        step()  # allocates what graphs kept
     busy_ms, launches, table = profile_step(step)
     with counting() as counts:
         step()
     torch.cuda.synchronize()
-    tokens = sum(int(n) for n in options.lengths.split(",")) * options.accum
     for name, ms, calls in table[:25]:
         print(f"{ms:9.3f} ms {calls:6d}  {name[:100]}", file=sys.stderr)
     for name, (size, calls) in sorted(counts.by_name.items(), key=lambda item: -item[1][0])[:25]:
         print(f"{size / 1e9:9.3f} GB {calls:6d}  {name[:100]}", file=sys.stderr)
-    row = {
-        **machine_row(), "variant": options.variant, "size": options.size, "lengths": options.lengths,
-        "accum": options.accum, "rank": options.rank, "supervised": options.supervised,
-        "recompute": options.recompute if native else "", "gpu_busy_ms": round(busy_ms, 3), "launches": launches,
-        "calls_counted": counts.calls, "gb": round(counts.total / 1e9, 3),
-        "busy_us_per_token": round(busy_ms * 1e3 / tokens, 4), "kb_per_token": round(counts.total / 1e3 / tokens, 2),
+    compiled = sum(calls for name, (_, calls) in counts.by_name.items() if name.startswith(INDUCTOR))
+    seen = sum(calls for name, _, calls in table if name.startswith("triton_"))
+    print(f"launches: {launches} seen by the profiler, {counts.calls} operators and kernels counted; of inductor's "
+          f"kernels {seen} seen, {compiled} counted", file=sys.stderr)
+    if abs(seen - compiled) > 0.02 * max(seen, 1):
+        raise RuntimeError(f"the profiler saw {seen} of inductor's kernels and {compiled} were counted: compiled code "
+                           "ran otherwise under the count, so its bytes are not those of the timed step.")
+    return {
+        "eager_busy_ms": round(busy_ms, 3), "eager_launches": launches, "calls_counted": counts.calls,
+        "gb": round(counts.total / 1e9, 3), "bytes_per_token": round(counts.total / tokens),
+        "launches_per_token": round((times.launches or launches) / tokens, 4),
         "bytes_are": "tensors read and written, counted from operators and launches",
     }
-    print(f"launches: {launches} seen by the profiler, {counts.calls} operators and kernels counted", file=sys.stderr)
-    print(json.dumps(row))
-    if options.csv:
-        new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+
+
+def main() -> int:
+    """Times one variant and counts its bytes: lab.side_by_side with --bytes, into profile.csv."""
+    if not torch.cuda.is_available():
+        print("A profile needs a CUDA GPU; torch sees none here.", file=sys.stderr)
+        return 3
+    from sparktune.lab import side_by_side
+
+    sys.argv.append("--bytes")
+    side_by_side.main()
     return 0
 
 

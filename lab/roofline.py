@@ -12,11 +12,11 @@ share. Nothing of it is measured on a GB10: the first hour on one (lab/gb10_firs
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparktune.lab.table import append_rows
 from sparktune.setup.plan.models import CATALOGUE, spec_from_config
 from sparktune.setup.plan.schema import ModelSpec
 
@@ -204,14 +204,9 @@ def main() -> int:
         bound = "memory" if launch.ms(gb10) > launch.count * launch.flop / gb10.tflop_per_s / 1e9 else "products"
         print(f"  {launch.name:32s} x{launch.count:3d} {launch.ms(gb10):8.2f} ms on GB10, bound by {bound}")
     if options.csv:
-        new = not options.csv.exists()
         where = {"size": options.size, "tokens": options.tokens, "documents": len(lengths), "rank": options.rank,
                  "supervised": options.supervised}
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=[*where, *rows[0]])
-            if new:
-                writer.writeheader()
-            writer.writerows({**where, **row} for row in rows)
+        append_rows(options.csv, [{**where, **row} for row in rows])
     return 0
 
 

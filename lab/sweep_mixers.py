@@ -27,9 +27,9 @@ from sparktune.lab.gpu_check_mixers import (
     boundaries,
     delta_rule_inputs,
     delta_rule_run,
-    device_ms,
     errors,
 )
+from sparktune.lab.measure import device_ms
 
 __all__ = ["main"]
 

@@ -97,3 +97,22 @@ def test_bytes_are_counted_once_a_tensor() -> None:
 def test_the_backward_is_counted_too() -> None:
     x, w = torch.ones(8, 16, requires_grad=True), torch.ones(16, 4, requires_grad=True)
     assert counted(lambda: (x @ w).sum().backward())["mm"][1] == 3
+
+
+def test_an_out_argument_is_written_once_and_compiled_code_stays_compiled() -> None:
+    a, b, out = torch.ones(8, 16), torch.ones(16, 4), torch.empty(8, 4)
+    assert counted(lambda: torch.mm(a, b, out=out)) == {"mm.out": ((128 + 64 + 32) * 4, 1)}
+    runs = []
+
+    def backend(graph, inputs):
+        def compiled(*args):
+            runs.append("compiled")
+            return graph(*args)
+
+        return compiled
+
+    fast = torch.compile(lambda x: x * 2, backend=backend)
+    fast(a)
+    assert len(runs) == 1
+    assert sum(size for size, _ in counted(lambda: fast(a)).values()) == 2 * 128 * 4
+    assert len(runs) == 2, "the counting mode made dynamo run the frame as it is written"
