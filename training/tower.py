@@ -270,11 +270,11 @@ class TextTower(nn.Module):
         """
         if not prompt_ids:
             raise ValueError("prompt_ids is empty; generation needs at least one token to start from.")
-        caches = [block.new_cache(len(prompt_ids) + max_new_tokens) for block in self.layers]
+        caches = self.new_caches(len(prompt_ids) + max_new_tokens)
         answer: list[int] = []
         ids, start = list(prompt_ids), 0
         for _ in range(max_new_tokens):
-            token = int(self._next_logits(ids, start, caches).argmax())
+            token = int(F.linear(self.read_on(ids, start, caches)[-1:], self.head_weight).argmax())
             answer.append(token)
             if token in stop_ids:
                 break
@@ -282,10 +282,21 @@ class TextTower(nn.Module):
             ids = [token]
         return answer
 
-    def _next_logits(
+    def new_caches(self, capacity: int) -> list[AttentionCache | DeltaNetCache]:
+        """Returns every layer's empty cache for a document of up to `capacity` tokens."""
+        return [block.new_cache(capacity) for block in self.layers]
+
+    @torch.no_grad()
+    def read_on(
         self, ids: Sequence[int], start: int, caches: Sequence[AttentionCache | DeltaNetCache]
     ) -> torch.Tensor:
-        """Logits [V] of the token after `ids`, which stand at positions from `start`."""
+        """Returns the hidden states [n, H] after the final norm of n more tokens of one document.
+
+        Args:
+            ids: the tokens.
+            start: position of the first; the caches hold as many tokens.
+            caches: from `new_caches`; they grow by n.
+        """
         cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
         positions = torch.arange(start, start + len(ids), device=self.device)
         cos, sin = rotary_tables(positions, self.inv_freq)
@@ -296,5 +307,4 @@ class TextTower(nn.Module):
         delta, h = None, F.embedding(torch.tensor(ids, device=self.device), self.embed_tokens)
         for block, cache in zip(self.layers, caches, strict=True):
             delta, h = block(delta, h, row, cache)
-        assert delta is not None, "a model has layers"
-        return F.linear(self.final_norm(delta[-1:], h[-1:]), self.head_weight)[0]
+        return self.final_norm(delta, h)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparktune.kernels.gated_delta_rule.reference import gated_delta_rule_last_state, gated_delta_rule_step
+from sparktune.kernels.gated_delta_rule.reference import gated_delta_rule_last_state
 from sparktune.kernels.modules.decoding import DeltaNetCache
 from sparktune.kernels.modules.projection import ProjectionGroup
 from sparktune.kernels.modules.row import Row
@@ -55,7 +55,7 @@ class GatedDeltaNet(nn.Module):
         Args:
             x: [T, H], normed.
             row: the documents.
-            cache: of generation: the first call (one document) fills it, later calls bring one token each.
+            cache: of generation: the first call (one document) fills it, later calls bring a few tokens.
 
         Returns:
             [T, H].
@@ -78,7 +78,7 @@ class GatedDeltaNet(nn.Module):
             cache.remember(qkv, self.conv1d.shape[1])
             o, cache.state = gated_delta_rule_last_state(q, k, v, g, beta)
         else:
-            o, cache.state = gated_delta_rule_step(q, k, v, g, beta, cache.state)
+            o = cache.advance(q, k, v, g, beta)
         o = self.ops.gated_rms_norm(o, z, self.norm, self.eps)
         (y,) = self.out_proj(o.reshape(tokens, -1), row.dropout)
         return y
