@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparktune.setup import strings
+from sparktune.setup.machine.docker_backend import ImageOptions
 from sparktune.setup.plan.errors import UsageError
 from sparktune.setup.plan.flags import add_plan_flags, flag_of, given_flags
 
@@ -17,8 +18,9 @@ __all__ = ["COMMANDS", "WITH_RUN", "Arguments", "parse"]
 
 COMMANDS = ("doctor", "analyze", "plan", "resume", "runs", "evaluate", "chat")
 WITH_RUN = ("resume", "evaluate", "chat")
-_WHERE = ("results", "output")
-"""Fields that say where runs are, which commands on an existing run may be given."""
+_WHERE = ("results", "output", "backend")
+"""Fields that say where runs are and where they run, which commands on an existing run may be given."""
+_REBUILD = ("yes", "clean", "no")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,6 +51,8 @@ class Arguments:
     json_out: bool
     plain: bool
     yes: bool
+    image: ImageOptions
+    """What is wanted of the Docker image."""
 
 
 def _make_parser() -> _Parser:
@@ -65,6 +69,9 @@ def _make_parser() -> _Parser:
     parser.add_argument("--json", dest="json_out", action="store_true", help=strings.HELP_JSON)
     parser.add_argument("--plain", action="store_true", help=strings.HELP_PLAIN)
     parser.add_argument("--yes", "-y", action="store_true", help=strings.HELP_YES)
+    parser.add_argument("--rebuild", nargs="?", const="yes", default="no", choices=_REBUILD,
+                        help=strings.HELP_REBUILD)
+    parser.add_argument("--dev-mount", action="store_true", help=strings.HELP_DEV_MOUNT)
     add_plan_flags(parser, "run")
     return parser
 
@@ -81,7 +88,10 @@ def parse(argv: Sequence[str]) -> Arguments:
             does not take.
     """
     parser = _make_parser()
-    known, unknown = parser.parse_known_intermixed_args(list(argv))
+    # `--rebuild resume RUN`: the command is not the flag's value
+    words = [f"{word}=yes" if word == "--rebuild" and after not in _REBUILD else word
+             for word, after in zip(argv, [*argv[1:], ""], strict=False)]
+    known, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         flag = next((u for u in unknown if u.startswith("-")), unknown[0])
         name = flag.split("=")[0]
@@ -96,7 +106,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         if refused:
             raise UsageError(strings.FLAGS_WITH_RUN.format(command=command, flags=", ".join(refused)))
     if known.demo:
-        refused = [flag_of(f) for f in flags if f not in (*_WHERE, "backend")]
+        refused = [flag_of(f) for f in flags if f not in _WHERE]
         refused += (["--config"] if known.config_file else []) + ([command] if command != "run" else [])
         if refused:
             raise UsageError(strings.DEMO_ALONE.format(flags=", ".join(refused)))
@@ -104,4 +114,5 @@ def parse(argv: Sequence[str]) -> Arguments:
         command=command, run=run, flags=flags, config=known.config_file, demo=known.demo,
         non_interactive=known.non_interactive, dry_run=known.dry_run, json_out=known.json_out, plain=known.plain,
         yes=known.yes,
+        image=ImageOptions(rebuild=known.rebuild, dev_mount=known.dev_mount),
     )

@@ -109,7 +109,7 @@ def _with_analysis(session: _Session, work: Callable[[Plan, Analysis], None]) ->
     _require(plan, f"`{session.arguments.command}`")
     display = make_display(session.messages, session.arguments.plain)
     with stop_signals(display) as stop:
-        analysis = analyse(plan, display, stop)
+        analysis = analyse(plan, display, stop, image=session.arguments.image)
     try:
         work(plan, analysis)
     finally:
@@ -202,7 +202,8 @@ def _run_root(session: _Session) -> Path:
 def _resume(session: _Session, only: str | None = None) -> int:
     arguments = session.arguments
     return resume_pipeline(
-        _run_root(session), console=session.messages, plain=arguments.plain, json_out=arguments.json_out, only=only
+        _run_root(session), console=session.messages, plain=arguments.plain, json_out=arguments.json_out, only=only,
+        backend=arguments.flags.get("backend"), image=arguments.image,
     )
 
 
@@ -249,7 +250,7 @@ def _wizard(session: _Session) -> int:
 
     def read(plan: Plan) -> Analysis:
         with stop_signals(display) as stop:
-            analysis = analyse(plan, display, stop)
+            analysis = analyse(plan, display, stop, image=arguments.image)
         session.messages.print(report_tables(analysis.report))
         return analysis
 
@@ -265,7 +266,8 @@ def _wizard(session: _Session) -> int:
         return ExitCode.INTERRUPTED
     _answers_file().unlink(missing_ok=True)
     return run_pipeline(
-        plan, console=session.messages, plain=arguments.plain, json_out=arguments.json_out, analysis=wizard.analysis
+        plan, console=session.messages, plain=arguments.plain, json_out=arguments.json_out, analysis=wizard.analysis,
+        image=arguments.image,
     )
 
 
@@ -274,7 +276,10 @@ def _run(session: _Session) -> int:
     if arguments.demo:
         from sparktune.setup.demo import run_demo
 
-        return run_demo(session.plan(), console=session.messages, plain=arguments.plain, json_out=arguments.json_out)
+        return run_demo(
+            session.plan(), console=session.messages, plain=arguments.plain, json_out=arguments.json_out,
+            image=arguments.image,
+        )
     if arguments.dry_run:
         return _plan(session)
     plan = session.plan()
@@ -282,7 +287,9 @@ def _run(session: _Session) -> int:
     if why is None and not (arguments.yes and plan.data is not None):
         return _wizard(session)
     _require(plan, why or "--yes")
-    return run_pipeline(plan, console=session.messages, plain=arguments.plain, json_out=arguments.json_out)
+    return run_pipeline(
+        plan, console=session.messages, plain=arguments.plain, json_out=arguments.json_out, image=arguments.image
+    )
 
 
 _COMMANDS: dict[str, Callable[[_Session], int]] = {

@@ -18,6 +18,7 @@ from rich.table import Table
 from sparktune.setup.demo_corpus import write_smoke, write_stdlib
 from sparktune.setup.demo_model import MARKER_FILE, is_made_as, make_model
 from sparktune.setup.machine.backends import LocalBackend, local_python, program_root
+from sparktune.setup.machine.docker_backend import ImageOptions
 from sparktune.setup.pipeline import run_pipeline
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
 from sparktune.setup.plan.rundir import RunDir
@@ -67,7 +68,8 @@ _MODEL = "tiny-qwen3.5"
 
 
 def run_demo(
-    plan: Plan, *, console: Console, plain: bool = False, json_out: bool = False, folder: Path | None = None
+    plan: Plan, *, console: Console, plain: bool = False, json_out: bool = False, folder: Path | None = None,
+    image: ImageOptions | None = None,
 ) -> int:
     """Makes the model and both data sets, fine-tunes on each, and checks what was learned.
 
@@ -79,6 +81,7 @@ def run_demo(
         plain: no bars.
         json_out: print the outcome as JSON on standard output.
         folder: where model and data go; `demo` in the current folder when left out.
+        image: what this start wants of the Docker image.
 
     Returns:
         0 when every stage ended well and every expected answer was given; a failed stage's exit code; 1 otherwise.
@@ -95,7 +98,8 @@ def run_demo(
             rows = corpus.write(data)
         console.print(escape(f"{data}: {rows:,} rows, {corpus.about}"), highlight=False, soft_wrap=True)
         asked = plan_for(plan, corpus, model, data, f"demo-{corpus.name}-{stamp}")
-        code = run_pipeline(asked, console=console, plain=plain, card=not json_out)
+        code = run_pipeline(asked, console=console, plain=plain, card=not json_out, image=image)
+        image = image.for_later() if image else None
         if code != ExitCode.OK:
             return code
         outcomes.append(verdict(_run_of(asked), corpus))
@@ -111,8 +115,12 @@ def run_demo(
 
 
 def plan_for(plan: Plan, corpus: Corpus, model: Path, data: Path, name: str) -> Plan:
-    """Returns the plan of one demo run: the demo's settings over `plan`, the rest left open for the recommendations."""
-    values = {"model": str(model), "data": data, "name": name, "backend": "local", "device": "cpu",
+    """Returns the plan of one demo run: the demo's settings over `plan`, the rest left open for the recommendations.
+
+    It runs here unless Docker was asked for: the demo needs no GPU, so `auto` has no reason to build an image.
+    """
+    backend = "docker" if plan.backend == "docker" else "local"
+    values = {"model": str(model), "data": data, "name": name, "backend": backend, "device": "cpu",
               **corpus.settings}
     origins: dict[str, Origin] = {**plan.origins, **dict.fromkeys(values, "config")}
     return Plan.model_validate({**plan.model_dump(), **values, "origins": origins})

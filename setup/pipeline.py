@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -22,7 +23,7 @@ from sparktune.setup.build_progress import BuildDisplay
 from sparktune.setup.cards import next_steps, plan_table, report_tables, result_table
 from sparktune.setup.machine.backends import Backend, StopSignals, choose_backend
 from sparktune.setup.machine.detect import detect_machine
-from sparktune.setup.machine.docker_backend import DockerBackend
+from sparktune.setup.machine.docker_backend import DockerBackend, ImageOptions
 from sparktune.setup.machine.doctor import failures, run_checks
 from sparktune.setup.plan.config import load_plan, save_plan
 from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
@@ -120,7 +121,9 @@ def _sweep(results: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def analyse(plan: Plan, display: Display, stop: StopSignals, count: int = 1) -> Analysis:
+def analyse(
+    plan: Plan, display: Display, stop: StopSignals, count: int = 1, image: ImageOptions | None = None
+) -> Analysis:
     """Checks the machine, reads every row, and describes the data.
 
     Args:
@@ -128,13 +131,14 @@ def analyse(plan: Plan, display: Display, stop: StopSignals, count: int = 1) -> 
         display: shows progress.
         stop: signals.
         count: stages of the whole run, for the display.
+        image: what this start wants of the Docker image.
 
     Raises:
         StageFailed: the preflight or the stage failed.
         SparktuneError: the model cannot be read.
     """
     preflight(plan, display)
-    backend, reason = choose_backend(plan)
+    backend, reason = choose_backend(plan, image)
     display.event({"kind": "choice", "what": "backend", "chosen": backend.name, "reason": reason})
     _make_ready(backend, display, stop)
     try:
@@ -192,7 +196,7 @@ def stop_signals(display: Display) -> Iterator[StopSignals]:
 
 def run_pipeline(
     plan: Plan, *, console: Console, plain: bool = False, json_out: bool = False, card: bool = True,
-    analysis: Analysis | None = None,
+    analysis: Analysis | None = None, image: ImageOptions | None = None,
 ) -> int:
     """Takes a plan through every stage.
 
@@ -203,6 +207,7 @@ def run_pipeline(
         json_out: print summary.json on standard output at the end instead of the result card.
         card: print the result at all; a caller that makes several runs prints its own.
         analysis: an analysis already made for this plan's data (and shown); it is used up.
+        image: what this start wants of the Docker image; an analysis already made has rebuilt it.
 
     Returns:
         The exit code.
@@ -213,7 +218,7 @@ def run_pipeline(
         check_name_free(plan)
         with stop_signals(display) as stop:
             shown = analysis is not None
-            analysis = analysis or analyse(plan, display, stop, count)
+            analysis = analysis or analyse(plan, display, stop, count, image)
             try:
                 plan, recommendations = decide(plan, analysis)
                 check_trainable(plan, analysis.spec)
@@ -228,7 +233,7 @@ def run_pipeline(
                 console.print(plan_table(plan, recommendations, console.width))
                 display.say(strings.RUN_BEGINS.format(name=run.name, folder=run.root))
                 display.say(strings.REPLAY.format(command=replay_command(plan)))
-                _run_stages(plan, run, lock, display, stop)
+                _run_stages(plan, run, lock, display, stop, image=image.for_later() if image else None)
             if card:
                 show_result(plan, run, json_out)
             return ExitCode.OK
@@ -240,7 +245,8 @@ def run_pipeline(
 
 
 def resume_pipeline(
-    root: Path, *, console: Console, plain: bool = False, json_out: bool = False, only: str | None = None
+    root: Path, *, console: Console, plain: bool = False, json_out: bool = False, only: str | None = None,
+    backend: Literal["auto", "docker", "local"] | None = None, image: ImageOptions | None = None,
 ) -> int:
     """Goes on with a run: finished stages whose inputs and outputs are unchanged are skipped.
 
@@ -250,6 +256,8 @@ def resume_pipeline(
         plain: no bars.
         json_out: see `run_pipeline`.
         only: run this stage alone, even if it is done (and the report after it).
+        backend: where the rest runs; where the plan says when left out.
+        image: what this start wants of the Docker image.
 
     Returns:
         The exit code.
@@ -257,9 +265,11 @@ def resume_pipeline(
     display = make_display(console, plain)
     try:
         plan = load_plan(root / "plan.yaml")
+        if backend is not None:
+            plan = plan.model_copy(update={"backend": backend})
         run = RunDir.from_root(root, plan.output)
         with RunLock(run) as lock, stop_signals(display) as stop:
-            _run_stages(plan, run, lock, display, stop, only)
+            _run_stages(plan, run, lock, display, stop, only, image)
         show_result(plan, run, json_out)
         return ExitCode.OK
     except StageFailed as failure:
@@ -284,9 +294,10 @@ def show_result(plan: Plan, run: RunDir, json_out: bool) -> None:
 
 
 def _run_stages(
-    plan: Plan, run: RunDir, lock: RunLock, display: Display, stop: StopSignals, only: str | None = None
+    plan: Plan, run: RunDir, lock: RunLock, display: Display, stop: StopSignals, only: str | None = None,
+    image: ImageOptions | None = None,
 ) -> None:
-    backend, _ = choose_backend(plan)
+    backend, _ = choose_backend(plan, image)
     _make_ready(backend, display, stop)
     state, stages = RunState(run), stages_of(plan)
     runner = StageRunner(plan, run, backend, display, stop, lock)

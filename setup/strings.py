@@ -65,6 +65,10 @@ HELP_JSON = "the result as JSON on standard output"
 HELP_PLAIN = "no bars and no colours: numbered questions, one progress line every few seconds"
 HELP_DATA_MISSING = "a JSONL file to train on"
 HELP_YES = "do not ask for confirmation before the run starts"
+HELP_REBUILD = (
+    "build the Docker image although nothing changed; --rebuild=clean removes it first and reuses no layer"
+)
+HELP_DEV_MOUNT = "mount this checkout's package, read-only, over the one in the Docker image (for development)"
 NO_TERMINAL = "Nothing can be asked here ({why}), and these are missing: {missing}."
 WHY_FLAG = "--non-interactive"
 WHY_STDIN = "standard input is not a terminal"

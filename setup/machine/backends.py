@@ -11,14 +11,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import sparktune
 from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.plan.config import ENV_PREFIX
-from sparktune.setup.plan.errors import ExitCode, PreflightError
+from sparktune.setup.plan.errors import ExitCode, PreflightError, UsageError
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
+
+if TYPE_CHECKING:
+    from sparktune.setup.machine.docker_backend import ImageOptions
 
 __all__ = ["MODULES", "Backend", "LocalBackend", "StopSignals", "chat_process", "choose_backend", "program_root"]
 
@@ -204,22 +207,32 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
         return  # it ended between the look and the signal
 
 
-def choose_backend(plan: Plan) -> tuple[Backend, str]:
+def choose_backend(plan: Plan, image: ImageOptions | None = None) -> tuple[Backend, str]:
     """Returns the backend of `plan` and why it was chosen.
+
+    Args:
+        plan: the plan.
+        image: what this start wants of the image.
 
     Raises:
         PreflightError: it cannot be used here; the sentence says what is missing and what to do.
+        UsageError: something is wanted of the image, and the backend has none.
     """
     # it stands on this module, and imports the SDK's room only when an engine is wanted
     from sparktune.setup.machine.docker_backend import DockerBackend
 
     if plan.backend == "docker":
-        return DockerBackend(plan), "asked for"
+        return DockerBackend(plan, image), "asked for"
     if plan.backend == "local":
-        return LocalBackend(), "asked for"
-    if not nvidia_gpus():
-        return LocalBackend(), "auto: no NVIDIA GPU here, so the image would bring nothing"
-    try:
-        return DockerBackend(plan), "auto: an NVIDIA GPU and a Docker engine are here"
-    except PreflightError as error:
-        return LocalBackend(), f"auto: {error}"
+        reason = "asked for"
+    elif not nvidia_gpus():
+        reason = "auto: no NVIDIA GPU here, so the image would bring nothing"
+    else:
+        try:
+            return DockerBackend(plan, image), "auto: an NVIDIA GPU and a Docker engine are here"
+        except PreflightError as error:
+            reason = f"auto: {error}"
+    if wanted := image.flags() if image else "":
+        raise UsageError(f"{wanted} is about the Docker image, but this run's backend is local ({reason}). "
+                         "Add --backend docker, or leave it out.")
+    return LocalBackend(), reason

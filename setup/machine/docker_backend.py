@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparktune.setup.machine.backends import MODULES, StopSignals, program_root
 from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.machine.engine import connect, network_for_downloads
-from sparktune.setup.machine.image import ensure_image
+from sparktune.setup.machine.image import PACKAGE, ensure_image
 from sparktune.setup.plan.errors import ExitCode, PreflightError
+from sparktune.setup.plan.models import adapter_base, is_adapter_folder
 from sparktune.setup.plan.rundir import RunDir, cache_dir
 from sparktune.setup.plan.schema import Plan
 
-__all__ = ["HUB_FILE", "RUN_LABEL", "DockerBackend", "container_options", "mounts_of", "needs_network"]
+__all__ = [
+    "HUB_FILE", "RUN_LABEL", "DockerBackend", "ImageOptions", "container_options", "hub_token", "mounts_of",
+    "needs_network", "reads_hub",
+]
 
 RUN_LABEL = "org.sparktune.run"
 STAGE_LABEL = "org.sparktune.stage"
 HUB_FILE = "/run/secrets/hub"
 """Where a container finds the user's hub token, a read-only file."""
 CHECKOUT = "/opt/sparktune"
+INFINIBAND = "/dev/infiniband"
 _POLL_S = 0.1
 _STATUS_S = 0.5
 _STOP_S = 60
@@ -33,15 +40,60 @@ _STACK = 64 * 2**20
 _CODE_SIGKILLED = 137
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """What one start wants of the image. Nothing of it belongs to the run, so no plan keeps it."""
+
+    rebuild: Literal["no", "yes", "clean"] = "no"
+    """Build although nothing changed; clean removes the image first and reuses no layer."""
+    dev_mount: bool = False
+    """Mount this checkout's package, read-only, over the one in the image: for development."""
+    interface: str | None = None
+    """Network interface that joins this machine to a second one; such a container has the host's network."""
+
+    def flags(self) -> str:
+        """Returns the flags that were given, as messages spell them."""
+        given = {"--rebuild": self.rebuild != "no", "--dev-mount": self.dev_mount}
+        return ", ".join(flag for flag, is_given in given.items() if is_given)
+
+    def for_later(self) -> ImageOptions:
+        """Returns what is left to ask for when the image has been made."""
+        return ImageOptions(dev_mount=self.dev_mount, interface=self.interface)
+
+
 def _hub_cache() -> Path:
     return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").absolute()
 
 
-def _token_file() -> Path | None:
-    """Returns the file of the user's hub token; the token itself is never read."""
+@contextmanager
+def hub_token() -> Iterator[Path | None]:
+    """Gives the user's hub token as a file, or None where there is none.
+
+    A token in HF_TOKEN goes into a file that only this user can read and that is removed at the end: as a container's
+    variable or argument it would show in `docker inspect` and `ps`. A token that is a file already is never read.
+    """
     named = os.environ.get("HF_TOKEN_PATH")
     path = Path(named) if named else _hub_cache() / "token"
-    return path.absolute() if path.is_file() else None
+    text = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
+    if not text:
+        yield path.absolute() if path.is_file() else None
+        return
+    with tempfile.TemporaryDirectory(prefix="sparktune-", dir=os.environ.get("XDG_RUNTIME_DIR")) as folder:
+        file = Path(folder) / "hub"  # both made with no rights for others
+        file.touch(mode=0o600)
+        file.write_text(text, encoding="utf-8")
+        yield file
+
+
+def _source_of(plan: Plan) -> str:
+    """Returns the model that a run reads weights from: a folder, or a hub id; an adapter's base."""
+    folder = Path(plan.model).expanduser()
+    return adapter_base(folder) if is_adapter_folder(folder) else str(folder) if folder.exists() else plan.model
+
+
+def reads_hub(stage: str, plan: Plan) -> bool:
+    """Returns whether a stage may ask the model hub."""
+    return stage in ("prepare", "train", "merge", "mtp") and not Path(_source_of(plan)).exists()
 
 
 def needs_network(stage: str, plan: Plan) -> bool:
@@ -49,7 +101,7 @@ def needs_network(stage: str, plan: Plan) -> bool:
     if stage == "gguf":
         folder = cache_dir("llama.cpp")
         return not (folder.is_dir() and any(p.is_dir() and not p.name.startswith(".") for p in folder.iterdir()))
-    return stage in ("prepare", "train", "merge", "mtp") and not Path(plan.model).expanduser().exists()
+    return reads_hub(stage, plan)
 
 
 def mounts_of(run: RunDir, plan: Plan) -> dict[str, str]:
@@ -57,9 +109,9 @@ def mounts_of(run: RunDir, plan: Plan) -> dict[str, str]:
     written = (run.root, Path(plan.output).absolute(), _hub_cache(), _state_folder(), cache_dir("tokens"),
                cache_dir("llama.cpp"))
     found = {str(path): "rw" for path in written}
-    for path in (plan.data, plan.eval_data, Path(plan.model).expanduser()):
-        if path is not None and Path(path).exists():
-            real = Path(path).absolute()
+    for path in (plan.data, plan.eval_data, Path(plan.model).expanduser(), Path(_source_of(plan))):
+        if path is not None and path.exists():
+            real = path.absolute()
             folder = real if real.is_dir() else real.parent
             found.setdefault(str(folder), "ro")
             if real.is_symlink():
@@ -72,8 +124,25 @@ def _state_folder() -> Path:
     return cache_dir("home")
 
 
+def _environment(network: bool) -> dict[str, str]:
+    """Returns a container's variables: where its caches are, and nothing of ours that is secret."""
+    home = _state_folder()
+    found = {
+        "HOME": str(home), "USER": "sparktune",  # an unknown uid has no name, which breaks getpass
+        "XDG_CACHE_HOME": str(cache_dir("tokens").parent.parent), "HF_HOME": str(_hub_cache()),
+        "TRITON_CACHE_DIR": str(home / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
+        "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+    }
+    # how much of a shared machine the user gave us; which hub
+    for name in ("OMP_NUM_THREADS", *(("HF_ENDPOINT",) if network else ())):
+        if value := os.environ.get(name):
+            found[name] = value
+    return found if network else {**found, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
 def container_options(
-    client: Any, stage: str, run: RunDir, plan: Plan, *, gpus: bool, image: str
+    client: Any, stage: str, run: RunDir, plan: Plan, *, gpus: bool, image: str, token: Path | None = None,
+    package: Path | None = None, interface: str | None = None,
 ) -> dict[str, Any]:
     """Returns the arguments of `containers.create` for one stage.
 
@@ -84,6 +153,9 @@ def container_options(
         plan: its plan.
         gpus: give the container every GPU.
         image: tag of the image.
+        token: file of the user's hub token; only a stage that may ask the hub gets it.
+        package: a checkout whose package is mounted over the image's own.
+        interface: network interface to a second machine; training then has the host's network and InfiniBand.
     """
     from docker.types import DeviceRequest, Ulimit
 
@@ -92,20 +164,13 @@ def container_options(
         if mode == "rw":
             Path(folder).mkdir(parents=True, exist_ok=True)  # the engine would make it, and root would own it
     volumes = {folder: {"bind": folder, "mode": mode} for folder, mode in mounts.items()}
-    home, network = _state_folder(), needs_network(stage, plan)
-    environment = {
-        "HOME": str(home), "USER": "sparktune",  # an unknown uid has no name, which breaks getpass
-        "XDG_CACHE_HOME": str(cache_dir("tokens").parent.parent), "HF_HOME": str(_hub_cache()),
-        "TRITON_CACHE_DIR": str(home / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
-        "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
-    }
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        environment["OMP_NUM_THREADS"] = threads  # how much of a shared machine the user gave us
-    if not network:
-        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    if token := _token_file():
+    network = needs_network(stage, plan)
+    environment = _environment(network)
+    if token is not None and reads_hub(stage, plan):
         volumes[str(token)] = {"bind": HUB_FILE, "mode": "ro"}
         environment["HF_TOKEN_PATH"] = HUB_FILE
+    if package is not None:
+        volumes |= {str(package / name): {"bind": f"{CHECKOUT}/{name}", "mode": "ro"} for name in PACKAGE}
     if stage == "train":
         command = ["python", "-P", f"{CHECKOUT}/train.py", "--config", str(run.plan)]
     else:
@@ -123,6 +188,11 @@ def container_options(
         options["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
         # pinned memory counts as locked memory, of which the default allows 64 KiB
         options["ulimits"] = [Ulimit(name="memlock", soft=-1, hard=-1), Ulimit(name="stack", soft=_STACK, hard=_STACK)]
+    if interface is not None and stage == "train":
+        options["network_mode"] = "host"
+        environment |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+        if Path(INFINIBAND).exists():
+            options["devices"] = [f"{INFINIBAND}:{INFINIBAND}:rwm"]
     return options
 
 
@@ -131,13 +201,18 @@ class DockerBackend:
 
     name = "docker"
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, options: ImageOptions | None = None) -> None:
         """Reaches the engine.
+
+        Args:
+            plan: the run's plan.
+            options: what this start wants of the image.
 
         Raises:
             PreflightError: none answers.
         """
         self._client = connect()
+        self._options = options or ImageOptions()
         self._root = program_root()
         self._plan = plan
         self._image: str | None = None
@@ -155,11 +230,15 @@ class DockerBackend:
         """
         if self._image is None:
             image = ensure_image(
-                self._client, self._root, self._plan.stack, on_event=on_event, should_stop=lambda: stop.count > 0
+                self._client, self._root, self._plan.stack, on_event=on_event, should_stop=lambda: stop.count > 0,
+                rebuild=self._options.rebuild, any_package=self._options.dev_mount,
             )
             self._image = image.tag
             on_event({"kind": "choice", "what": "image", "chosen": image.tag,
                       "reason": "built just now" if image.built else "there already, no input changed"})
+            if self._options.dev_mount:
+                on_event({"kind": "choice", "what": "package", "chosen": str(self._root),
+                          "reason": "--dev-mount: read-only over the one in the image"})
 
     def run_stage(
         self, stage: str, run: RunDir, plan: Plan, *, on_poll: Callable[[], None], stop: StopSignals,
@@ -174,8 +253,11 @@ class DockerBackend:
             self.prepare(lambda event: None, stop)
         image = str(self._image)
         self._end_leftovers(run)
-        options = container_options(self._client, stage, run, plan, gpus=self._gpus, image=image)
-        with run.log.open("ab") as log:
+        with hub_token() as token, run.log.open("ab") as log:
+            options = container_options(
+                self._client, stage, run, plan, gpus=self._gpus, image=image, token=token,
+                package=self._root if self._options.dev_mount else None, interface=self._options.interface,
+            )
             log.write(f"\n==> {stage}: {time.strftime('%Y-%m-%d %H:%M:%S')}, container {options['name']}, "
                       f"image {image}\n".encode())
             log.flush()

@@ -23,11 +23,15 @@ from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.rundir import cache_dir
 
 __all__ = [
-    "FLAVOURS", "HASH_LABEL", "Flavour", "Image", "Stack", "base_digest", "ensure_image", "image_inputs", "input_hash",
-    "load_stack", "prepare_base", "remove_images", "save_records", "stacks",
+    "FLAVOURS", "HASH_LABEL", "PACKAGE", "STACK_LABEL", "Flavour", "Image", "Stack", "base_digest", "ensure_image",
+    "image_inputs", "input_hash", "load_stack", "prepare_base", "remove_images", "save_records", "stacks",
 ]
 
 HASH_LABEL = "org.sparktune.input-hash"
+STACK_LABEL = "org.sparktune.stack-hash"
+"""The same hash without our own package."""
+PACKAGE = ("kernels", "mtp", "setup", "src", "train.py", "training")
+"""What of a checkout our package is; the last layers of an image."""
 NAME = "sparktune"
 Flavour = Literal["opt", "baseline"]
 FLAVOURS: dict[str, str] = {"opt": "docker/Dockerfile.opt", "baseline": "docker/Dockerfile"}
@@ -101,10 +105,17 @@ def image_inputs(root: Path, stack: str, flavour: str) -> list[Path]:
     return sorted(path.relative_to(root) for path in found)
 
 
-def input_hash(root: Path, stack: str, flavour: str, base: str, build_args: dict[str, str]) -> str:
-    """Returns the sha256 over everything an image is made of: files, base, architecture, build arguments."""
+def input_hash(
+    root: Path, stack: str, flavour: str, base: str, build_args: dict[str, str], *, package: bool = True
+) -> str:
+    """Returns the sha256 over everything an image is made of: files, base, architecture, build arguments.
+
+    Without `package` our own package is left out.
+    """
     digest = hashlib.sha256()
     for path in image_inputs(root, stack, flavour):
+        if not package and path.parts[0] in PACKAGE:
+            continue
         full = root / path
         content = os.readlink(full).encode() if full.is_symlink() else full.read_bytes()
         mode = "link" if full.is_symlink() else "run" if os.access(full, os.X_OK) else "file"
@@ -213,7 +224,7 @@ def _pull_failed(name: str, why: str) -> str:
 def ensure_image(
     client: Any, root: Path, stack_name: str, flavour: Flavour = "opt", *, on_event: OnEvent,
     rebuild: Literal["no", "yes", "clean"] = "no", build_args: dict[str, str] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False, any_package: bool = False,
 ) -> Image:
     """Returns the image of this checkout, building it only when one of its inputs changed.
 
@@ -226,6 +237,7 @@ def ensure_image(
         rebuild: yes builds even when it is there (unchanged layers are reused); clean removes it first and reuses none.
         build_args: further build arguments (MAX_JOBS, WITH_XFORMERS, TRITON_FROM_SOURCE).
         should_stop: True cancels.
+        any_package: an image with another version of our own package will do (it is mounted over).
 
     Raises:
         PreflightError: the host, the engine or the base is not in a state to build.
@@ -242,12 +254,16 @@ def ensure_image(
         check_build_host(client, base_is_here=False)  # before the first byte of twenty gigabytes
     base = prepare_base(client, stack, on_event)
     content = input_hash(root, stack.name, flavour, base, extra)
+    below = input_hash(root, stack.name, flavour, base, extra, package=False)
     tag = f"{alias}-{content[:12]}"
     if rebuild == "no":
         with suppress(ImageNotFound):
             image = client.images.get(tag)
             image.tag(NAME, alias.partition(":")[2])
             return Image(tag=tag, alias=alias, id=str(image.id), base=base, log=log, built=False)
+        for image in client.images.list(filters={"label": f"{STACK_LABEL}={below}"}) if any_package else ():
+            if found := sorted(t for t in image.tags if t.startswith(f"{alias}-")):
+                return Image(tag=found[0], alias=alias, id=str(image.id), base=base, log=log, built=False)
     if have_base:
         check_build_host(client, base_is_here=True)
     if rebuild == "clean":
@@ -256,7 +272,7 @@ def ensure_image(
         context=root, dockerfile=FLAVOURS[flavour], tag=tag, log=log, no_cache=rebuild == "clean",
         network=network_for_downloads(client),
         build_args={"BASE_IMAGE": stack.base_image, "STACK": stack.name, "BASE_DIGEST": base, "INPUT_HASH": content,
-                    **extra},
+                    "STACK_HASH": below, **extra},
     )
     try:
         build(request, on_event, should_stop)

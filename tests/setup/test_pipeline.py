@@ -118,7 +118,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ScriptedBackend:
     made = ScriptedBackend(tmp_path)
-    monkeypatch.setattr(pipeline, "choose_backend", lambda plan: (made, "for this test"))
+    monkeypatch.setattr(pipeline, "choose_backend", lambda plan, image: (made, "for this test"))
     monkeypatch.setenv("SPARKTUNE_LORA_R", "3")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return made
@@ -348,7 +348,7 @@ DRIVER = textwrap.dedent("""
     from sparktune.setup.plan.config import load_plan
     backend = t.ScriptedBackend(Path(sys.argv[2]))
     backend.behave({"train": {"loop": sys.argv[3]}})
-    pipeline.choose_backend = lambda plan: (backend, "for this test")
+    pipeline.choose_backend = lambda plan, image: (backend, "for this test")
     plan = load_plan(Path(sys.argv[2]) / "asked.yaml")
     sys.exit(pipeline.run_pipeline(plan, console=Console(stderr=True, width=200), plain=True))
 """)
