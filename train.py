@@ -38,6 +38,10 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, default=None, metavar="PATH", help="a plan.yaml, or a run's own one")
+    parser.add_argument(
+        "--rehearse", type=int, default=None, metavar="N",
+        help="time N steps of the plan in --config, write calibration.json beside it, and keep nothing else",
+    )
     add_plan_flags(parser, "train")
     args = parser.parse_args()
 
@@ -52,6 +56,13 @@ def main() -> int:
         except SparktuneError as error:
             print(f"{error} (engine unsloth: {choice.reason})", file=sys.stderr)
             return error.exit_code
+
+    if args.rehearse is not None:
+        if args.config is None:
+            parser.error("--rehearse times a complete plan: give it as --config RUN/plan.yaml")
+        from sparktune.training.rehearsal import run_rehearsal
+
+        return run_rehearsal(args.config, args.rehearse)
 
     from sparktune.training.session import run_session  # torch loads here, after --help and usage errors
 
