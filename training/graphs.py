@@ -1,45 +1,91 @@
 """One launch instead of two thousand: the tower's forward and backward pass as two CUDA graphs.
 
-Captured for rows of T tokens, replayed over any packing of them: ids, positions and boundaries are copied into buffers
-of fixed address, the ops' tables are rewritten in place (kernels/tables.py), and the adapters' gradients are added in
-place. The head and the loss stay outside, because their number of rows differs from batch to batch.
+Captured for rows of T tokens, replayed over any packing of them: embeddings, positions and boundaries are copied into
+buffers of fixed address, the ops' tables are rewritten in place (kernels/tables.py), and gradients are added in place.
+Embedding, head and loss stay outside: the head's number of rows differs from batch to batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from sparktune.kernels.select import used_ops
 from sparktune.kernels.tables import StaticTables
 from sparktune.training.batch import MicroBatch
+from sparktune.training.stages import StagedPasses
 from sparktune.training.tower import TextTower
 
-__all__ = ["GraphedTower", "TowerGraphs", "why_not_graphs"]
+__all__ = ["CudaRecorder", "GraphedTower", "Recorder", "TowerGraphs", "why_not_graphs"]
 
 WARM_UP = 2
 """Eager passes before the capture: they compile kernels, choose cuBLAS algorithms and fill the tables."""
 TOKENS_PER_DOCUMENT = 256
 """A graph's tables have room for T / 256 documents, or half again as many as the row it was captured on. A spare row of
 a table costs a program that ends at once, and the delta rule's buffers grow by a chunk."""
+_OUTSIDE = frozenset({"linear_cross_entropy"})
+"""Ops that no graph holds."""
 
 
-def why_not_graphs(model: TextTower, trainable: Sequence[nn.Parameter], dropout: float) -> str:
-    """Returns why a model cannot train through graphs; empty when it can."""
+class Recorder(Protocol):
+    """Turns work into something that can be played again."""
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Runs `work` once, away from the capture."""
+
+    def record(self, work: Callable[[], object]) -> Callable[[], object]:
+        """Runs or captures `work` and returns what plays it again; recordings are played in the order they were made,
+        again and again, for the later ones reuse memory of the earlier ones."""
+
+
+class CudaRecorder:
+    """CUDA graphs that share one memory pool.
+
+    Args:
+        device: of the graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Runs `work` on a stream of its own, as a capture does."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    def record(self, work: Callable[[], object]) -> Callable[[], object]:
+        """Captures `work`; tensors it leaves alive keep their addresses."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        return graph.replay
+
+
+def why_not_graphs(model: TextTower, gradients: Mapping[nn.Parameter, Any] | None, dropout: float) -> str:
+    """Returns why a model cannot train through graphs; empty when it can.
+
+    Args:
+        model: filled, adapters attached.
+        gradients: where the optimiser wants its gradients; None: it offers no fixed place for them.
+        dropout: of the adapters.
+    """
     if model.device.type != "cuda":
         return f"graphs need a CUDA device, this is {model.device.type}"
     if dropout:
         return "a replayed graph would draw the same dropout mask every time"
-    if model.recompute not in ("none", "norms"):
-        return f"recompute {model.recompute!r} checkpoints whole layers"
-    if any(p.dtype != torch.float32 for p in trainable):
-        return "weights that are not float32 add their gradients through a hook"
-    references = [op for op in ("varlen_attention", "gated_delta_rule", "causal_conv1d")
-                  if not model.ops.reasons.get(op, "").startswith("triton")]
-    if references:
-        return f"{', '.join(references)} do not run on our kernels, whose tables can be rewritten"
+    if gradients is None:
+        return "this optimiser keeps no gradients at fixed addresses"
+    fixed = sorted(used_ops(model.spec) - model.ops.replayable - _OUTSIDE)
+    if fixed:
+        return f"{', '.join(fixed)}: what was chosen for them cannot be replayed over another packing"
     return ""
 
 
@@ -47,49 +93,57 @@ class GraphedTower:
     """The tower's two passes for rows of T tokens.
 
     Args:
-        model: adapters attached, on a CUDA device.
-        trainable: float32 parameters that learn; their `grad` must stay allocated (never set to None).
+        model: adapters attached, its recompute policy set.
+        gradients: trainable parameter -> the tensor its gradients are added to; these stay where they are.
         example: a row of the T tokens that this graph is for, on the device.
+        recorder: how passes are recorded.
     """
 
-    def __init__(self, model: TextTower, trainable: Sequence[nn.Parameter], example: MicroBatch) -> None:
+    def __init__(
+        self, model: TextTower, gradients: Mapping[nn.Parameter, torch.Tensor], example: MicroBatch,
+        recorder: Recorder,
+    ) -> None:
+        self._model, self._gradients = model, gradients
         self.n_tokens = example.ids.shape[0]
         documents = len(example.cu_seqlens_cpu) - 1
         self.max_documents = max(documents + documents // 2, self.n_tokens // TOKENS_PER_DOCUMENT, 8)
         self._tables = StaticTables(self.n_tokens, self.max_documents, model.device)
         self._batch = replace(
-            example, ids=example.ids.clone(), position_ids=example.position_ids.clone(),
-            cu_seqlens=self._padded(example).to(model.device),
+            example, position_ids=example.position_ids.clone(), cu_seqlens=self._padded(example).to(model.device),
         )
-        self._trainable = trainable
-        stream = torch.cuda.Stream(model.device)
-        stream.wait_stream(torch.cuda.current_stream(model.device))
+        self._ids = example.ids
+        self._embedded = self._embed(example.ids)
+        self._hidden = self._grad_hidden = torch.zeros_like(self._embedded)
+        self._grad_embedded: torch.Tensor | None = None
         with self._tables.serving():
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    hidden = self._forward(model)
-                    torch.autograd.grad(hidden, list(trainable), torch.zeros_like(hidden))
-                    del hidden
-            torch.cuda.current_stream(model.device).wait_stream(stream)
-            pool = torch.cuda.graph_pool_handle()
-            self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._forward_graph, pool=pool):
-                hidden = self._forward(model)
-            self.hidden = hidden.detach()
-            self._grad_hidden = torch.zeros_like(self.hidden)
-            with torch.cuda.graph(self._backward_graph, pool=pool):
-                gradients = torch.autograd.grad(hidden, list(trainable), self._grad_hidden)
-                torch._foreach_add_([p.grad for p in trainable], list(gradients))
+            # Zero gradients in, so nothing is added to the sums.
+            trial = StagedPasses(model, gradients)
+            for _ in range(WARM_UP):
+                recorder.warm_up(lambda: self._try(trial))
+            self._passes = StagedPasses(model, gradients)
+            self._replay_forward = recorder.record(self._forward)
+            self._grad_hidden = torch.zeros_like(self._hidden)
+            self._replay_backward = recorder.record(self._backward)
+
+    def _try(self, passes: StagedPasses) -> None:
+        hidden = passes.forward(self._embedded, self._model.row_of(self._batch))
+        passes.backward(torch.zeros_like(hidden))
+
+    def _forward(self) -> None:
+        self._hidden = self._passes.forward(self._embedded, self._model.row_of(self._batch))
+
+    def _backward(self) -> None:
+        self._grad_embedded = self._passes.backward(self._grad_hidden)
+
+    @torch.no_grad()
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(ids, self._model.embed_tokens)
 
     def _padded(self, batch: MicroBatch) -> torch.Tensor:
         """The boundaries with room for `max_documents`, behind the last one T again and again."""
         padded = torch.full((self.max_documents + 1,), self.n_tokens, dtype=torch.int32)
         padded[: len(batch.cu_seqlens_cpu)] = batch.cu_seqlens_cpu
-        return padded.pin_memory()
-
-    def _forward(self, model: TextTower) -> torch.Tensor:
-        # A fresh tensor each time: what ops remember of a row's boundaries, they remember by the tensor.
-        return model(replace(self._batch, cu_seqlens=self._batch.cu_seqlens.clone()))
+        return padded.pin_memory() if self._model.device.type == "cuda" else padded
 
     def serves(self, batch: MicroBatch) -> bool:
         """Says whether this graph can run `batch`."""
@@ -97,17 +151,27 @@ class GraphedTower:
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Returns the hidden states [T, H] of `batch`; they are overwritten by the next call."""
-        self._batch.ids.copy_(batch.ids, non_blocking=True)
+        self._ids = batch.ids
+        self._embedded.copy_(self._embed(batch.ids))
         self._batch.position_ids.copy_(batch.position_ids, non_blocking=True)
         self._batch.cu_seqlens.copy_(self._padded(batch), non_blocking=True)
+        # What the host knows of a row is read while a pass is recorded, and not by a replay.
+        self._batch = replace(self._batch, cu_seqlens_cpu=batch.cu_seqlens_cpu, max_seqlen=batch.max_seqlen)
         self._tables.refill(tuple(batch.cu_seqlens_cpu.tolist()))
-        self._forward_graph.replay()
-        return self.hidden
+        self._replay_forward()
+        return self._hidden
 
+    @torch.no_grad()
     def backward(self, grad_hidden: torch.Tensor) -> None:
-        """Adds the gradients of the batch that `forward` saw to every trainable parameter's `grad`."""
+        """Adds the gradients of the batch that `forward` saw to every trainable parameter's sum."""
         self._grad_hidden.copy_(grad_hidden)
-        self._backward_graph.replay()
+        self._replay_backward()
+        embedding = self._gradients.get(self._model.embed_tokens)
+        if embedding is not None:
+            assert self._grad_embedded is not None, "the embedding learns, so the first block's input has a gradient"
+            embedding.add_(torch.ops.aten.embedding_dense_backward(
+                self._grad_embedded, self._ids, self._model.embed_tokens.shape[0], -1, False
+            ))
 
 
 class TowerGraphs:
@@ -115,14 +179,20 @@ class TowerGraphs:
 
     Args:
         model: filled, adapters attached.
-        trainable: what learns.
+        gradients: gives the sums that gradients are added to, allocated when a graph is captured; None where the
+            optimiser has no such place.
         dropout: of the adapters.
         most: graphs kept; each holds the activations of one row.
     """
 
-    def __init__(self, model: TextTower, trainable: Sequence[nn.Parameter], dropout: float, most: int = 1) -> None:
-        self.objection = why_not_graphs(model, trainable, dropout)
-        self._model, self._trainable, self._most = model, trainable, most
+    def __init__(
+        self, model: TextTower, gradients: Callable[[], Mapping[nn.Parameter, torch.Tensor]] | None, dropout: float,
+        most: int = 1,
+    ) -> None:
+        self.objection = why_not_graphs(model, gradients, dropout)
+        self.recorder: Callable[[], Recorder] = lambda: CudaRecorder(model.device)
+        """Makes the recorder of a graph."""
+        self._model, self._gradients, self._most = model, gradients, most
         self._seen: dict[int, int] = {}
         self._graphs: dict[int, GraphedTower] = {}
 
@@ -131,7 +201,7 @@ class TowerGraphs:
 
         The first passes of a length run eagerly: they compile its kernels, and the first step's gradients are checked.
         """
-        if self.objection:
+        if self.objection or self._gradients is None:
             return None
         n_tokens = batch.ids.shape[0]
         graph = self._graphs.get(n_tokens)
@@ -143,9 +213,7 @@ class TowerGraphs:
         if graph is not None:  # a row of more documents than its tables hold: make room for them
             graph = None
             del self._graphs[n_tokens]
-        for parameter in self._trainable:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        torch.cuda.empty_cache()  # the eager passes' activations: the graph brings its own
-        self._graphs[n_tokens] = GraphedTower(self._model, self._trainable, batch)
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()  # the eager passes' activations: the graph brings its own
+        self._graphs[n_tokens] = GraphedTower(self._model, self._gradients(), batch, self.recorder())
         return self._graphs[n_tokens]

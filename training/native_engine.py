@@ -46,7 +46,7 @@ class NativeEngine:
             learning, betas=(plan.adam_beta1, plan.adam_beta2), eps=plan.adam_eps, weight_decay=plan.weight_decay,
             max_grad_norm=plan.max_grad_norm,
         )
-        self.graphs = TowerGraphs(model, [p for _, p in learning], plan.lora_dropout)
+        self.graphs = TowerGraphs(model, self._optimiser.gradient_sums, plan.lora_dropout)
         # A graph adds to gradients at fixed addresses.
         self._optimiser.keep_gradients = not self.graphs.objection
         model.train()
@@ -136,8 +136,9 @@ class NativeEngine:
             return loss.detach()
         hidden = graph.forward(batch).detach().requires_grad_()
         loss = self.model.head_loss(hidden, batch) / n_supervised
-        (gradient,) = torch.autograd.grad(loss, hidden)
-        graph.backward(gradient)
+        loss.backward()
+        assert hidden.grad is not None, "the loss of a batch with targets depends on every supervised row"
+        graph.backward(hidden.grad)
         return loss.detach()
 
     def optimiser_step(self, learning_rate: float) -> torch.Tensor:

@@ -35,6 +35,7 @@ class MasterAdamW:
         """Zero gradients in place instead of dropping them."""
         self._masters: dict[str, nn.Parameter] = {}
         self._rounded: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._parameters = [parameter for _, parameter in named_parameters]
         for name, parameter in named_parameters:
             self._masters[name] = self._master_of(parameter)
         groups = [
@@ -65,6 +66,18 @@ class MasterAdamW:
         """Yields (name, full-precision gradient or None)."""
         for name, master in self._masters.items():
             yield name, master.grad
+
+    def gradient_sums(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Returns parameter -> the full-precision tensor its gradients are added to, allocated if there is none yet.
+
+        With `keep_gradients` these tensors stay where they are, so CUDA graphs may add to them.
+        """
+        sums: dict[nn.Parameter, torch.Tensor] = {}
+        for parameter, master in zip(self._parameters, self._masters.values(), strict=True):
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            sums[parameter] = master.grad
+        return sums
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> torch.Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparktune.kernels.tables import StaticTables, document_table
+from sparktune.kernels import tables as tables_module
+from sparktune.kernels.tables import StaticTables, boundaries_of, document_table
 from sparktune.lab.native import build_engine, documents_row
 from sparktune.lab.shapes import make_model, random_documents
 from sparktune.training.batch import MicroBatch
@@ -54,13 +55,33 @@ def row(lengths: list[int], seed: int, vocabulary: int = 1000) -> MicroBatch:
     ])
 
 
+def test_boundaries_are_read_once_a_row_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables_module, "_checked", (None, 0, ()))
+    first, second = torch.tensor([0, 3, 10]), torch.tensor([0, 4, 10])
+    known = boundaries_of(first, 10)
+    assert known == (0, 3, 10)
+    assert boundaries_of(first, 10) is known, "the second layer of a row reads nothing"
+    assert boundaries_of(second, 10) == (0, 4, 10)
+    second[1] = 5
+    assert boundaries_of(second, 10) == (0, 5, 10)
+
+
+@pytest.mark.parametrize("wrong", [[0, 3, 3, 10], [1, 10], [0, 3, 9], [0], []])
+def test_boundaries_that_a_kernel_would_leave_are_refused(wrong: list[int]) -> None:
+    with pytest.raises(ValueError, match="must rise strictly from 0 to T = 10"):
+        boundaries_of(torch.tensor(wrong, dtype=torch.int32), 10)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("recompute", ["none", "norms"])
-def test_one_graph_replays_over_other_packings(tmp_path: Path, recompute: str) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "full"), [("none", False), ("norms", False), ("layer", False), ("all", False), ("norms", True),
+                            ("layer", True)],
+)
+def test_one_graph_replays_over_other_packings(tmp_path: Path, recompute: str, full: bool) -> None:
     """The packings are not those of the capture; the launches are the same."""
     folder = make_model(tmp_path / "m", "tiny")
-    eager = build_engine(folder, rank=8, full=False, recompute=recompute)
-    graphed = build_engine(folder, rank=8, full=False, recompute=recompute)
+    eager = build_engine(folder, rank=8, full=full, recompute=recompute)
+    graphed = build_engine(folder, rank=8, full=full, recompute=recompute)
     for engine in (eager, graphed):
         torch.manual_seed(0)
         with torch.no_grad():
@@ -69,7 +90,8 @@ def test_one_graph_replays_over_other_packings(tmp_path: Path, recompute: str) -
                     parameter.copy_(torch.randn_like(parameter) * 0.02)
     eager.graphs.objection = "the other side of this test"
     assert graphed.graphs.objection == ""
-    packings = [[300, 212], [300, 212], [300, 212], [512], [1, 63, 64, 65, 319], [129] * 3 + [125], [17, 495]]
+    # 6000 tokens: the embedding's gradient is summed by other kernels above 3072
+    packings = [[5000, 1000], [5000, 1000], [6000], [1, 63, 64, 65, 5807], [1500] * 4, [17, 5983]]
     for seed, lengths in enumerate(packings):
         batch = row(lengths, seed)
         losses, gradients = [], []
@@ -83,5 +105,7 @@ def test_one_graph_replays_over_other_packings(tmp_path: Path, recompute: str) -
         assert gradients[0].keys() == gradients[1].keys()
         for name, g in gradients[0].items():
             difference = (g - gradients[1][name]).norm() / g.norm()
-            assert difference < 1e-3, f"{name} differs by {difference:.1e} on documents {lengths}"
+            # The tied embedding's two gradients are rounded to bfloat16 after their sum here and before it there.
+            limit = 1e-2 if name == "embed_tokens" else 1e-3
+            assert difference < limit, f"{name} differs by {difference:.1e} on documents {lengths}"
     assert len(graphed.graphs._graphs) == 1, "the graph was never captured"

@@ -36,17 +36,21 @@ def batches() -> PackPlan:
     return PackPlan(dataset, pack=True, pack_length=256, seed=1)
 
 
-def make_engine(model: Path, mode: str) -> NativeEngine:
+def make_engine(model: Path, mode: str, dropout: float = 0.1, recompute: str = "norms") -> NativeEngine:
     plan = Plan(
-        model=str(model), mode=mode, engine="native", dtype="bfloat16", recompute="norms", lora_r=4, lora_dropout=0.1,
-        seed=11,
+        model=str(model), mode=mode, engine="native", dtype="bfloat16", recompute=recompute, lora_r=4,
+        lora_dropout=dropout, seed=11,
     )
     return NativeEngine.build(plan, probe(str(model)), model, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_a_step_never_waits_for_the_device(gpu_model: Path, batches: PackPlan, mode: str) -> None:
-    engine = make_engine(gpu_model, mode)
+@pytest.mark.parametrize(("mode", "dropout", "recompute"), [
+    ("lora", 0.1, "norms"), ("lora", 0.0, "norms"), ("lora", 0.0, "layer"), ("full", 0.0, "norms"),
+])
+def test_a_step_never_waits_for_the_device(
+    gpu_model: Path, batches: PackPlan, mode: str, dropout: float, recompute: str
+) -> None:
+    engine = make_engine(gpu_model, mode, dropout, recompute)
     step = [batches.micro_batch(0, index) for index in range(len(batches))]
     supervised = sum(batch.supervised_tokens for batch in step)
     for _ in range(2):  # kernels compile and the allocator fills
