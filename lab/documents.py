@@ -62,19 +62,22 @@ def long_tailed_lengths(count: int, mean: int, longest: int, seed: int = SEED) -
 
 def add_document_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose the documents."""
-    parser.add_argument("--lengths", default="5376", help="documents of a micro-batch, comma-separated")
+    parser.add_argument("--lengths", help="documents of a micro-batch, comma-separated (default: 5376)")
     parser.add_argument("--accum", type=int, default=2, help="micro-batches a step (with --lengths)")
-    parser.add_argument("--long-tailed", type=int, metavar="N", help="instead: N documents a step, long-tailed")
+    parser.add_argument("--long-tailed", type=int, metavar="N", help="N documents a step, long-tailed")
     parser.add_argument("--mean", type=int, default=3000, help="mean tokens of a long-tailed document")
     parser.add_argument("--pack", type=int, default=5376, help="tokens of a pack of long-tailed documents")
 
 
-def documents_of(options: argparse.Namespace) -> Documents:
-    """Returns the documents of a step as the flags choose them."""
-    if options.long_tailed is None:
-        pack = tuple(int(n) for n in options.lengths.split(","))
-        return Documents(name=options.lengths, packs=(pack,) * options.accum, row_tokens=None)
-    lengths = long_tailed_lengths(options.long_tailed, options.mean, options.pack)
-    packs = tuple(tuple(lengths[i] for i in pack) for pack in pack_examples(lengths, options.pack, SEED))
-    name = f"{len(lengths)} long-tailed, mean {sum(lengths) // len(lengths)}, packs of {options.pack}, seed {SEED}"
-    return Documents(name=name, packs=packs, row_tokens=options.pack)
+def documents_of(options: argparse.Namespace) -> list[Documents]:
+    """Returns the documents of a step, a set for each of --lengths and --long-tailed that is given."""
+    found = []
+    if options.lengths or options.long_tailed is None:
+        pack = tuple(int(n) for n in (options.lengths or "5376").split(","))
+        found.append(Documents(name=",".join(map(str, pack)), packs=(pack,) * options.accum, row_tokens=None))
+    if options.long_tailed is not None:
+        lengths = long_tailed_lengths(options.long_tailed, options.mean, options.pack)
+        packs = tuple(tuple(lengths[i] for i in pack) for pack in pack_examples(lengths, options.pack, SEED))
+        name = f"{len(lengths)} long-tailed, mean {sum(lengths) // len(lengths)}, packs of {options.pack}, seed {SEED}"
+        found.append(Documents(name=name, packs=packs, row_tokens=options.pack))
+    return found

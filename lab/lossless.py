@@ -2,22 +2,26 @@
 
 usage: python -m lab.lossless [--size 2B] [--lengths 700,613,771] [--steps 30] [--accum 1] [--variants A,B] [--csv FILE]
 Variants: fp32 (our references in float32: the truth), fused (our kernels in bf16), reference (our references in bf16),
-hf (transformers + PEFT, plain bf16), hf_fp32 (the same in float32, a check of the truth itself).
-Prints, for each variant, its largest and mean deviation of the loss from fp32, and the losses side by side.
+hf (transformers + PEFT, plain bf16), hf_fp32 (the same in float32, a check of the truth itself), unsloth (under bf16
+autocast; run it beside fp32 only, because importing it changes what transformers computes).
+Prints, for each variant, its largest and mean deviation of the loss from fp32, and some of the losses; the CSV has all.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import tempfile
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparktune.kernels.select import reference_ops
-from sparktune.lab.measure import machine_row
+from sparktune.lab.measure import command_row, machine_row
 from sparktune.lab.native import build_engine, micro_batches
 from sparktune.lab.shapes import make_model, random_documents
 from sparktune.lab.table import append_rows
@@ -26,7 +30,6 @@ from sparktune.setup.plan.rundir import cache_dir
 __all__ = ["main"]
 
 Losses = list[float]
-LEARNING_RATE = 2e-4
 
 
 def native_losses(a: argparse.Namespace, folder: Path, variant: str) -> Losses:
@@ -41,7 +44,7 @@ def native_losses(a: argparse.Namespace, folder: Path, variant: str) -> Losses:
         losses.append(engine.forward_backward(batches, n_supervised))
         if step == 0:
             check_first_gradients(engine.named_gradients())
-        engine.optimiser_step(LEARNING_RATE)
+        engine.optimiser_step(a.learning_rate)
     return [float(x) for x in losses]
 
 
@@ -52,12 +55,8 @@ def check_first_gradients(named: Iterable[tuple[str, torch.Tensor | None]]) -> N
         raise SystemExit(f"no finite gradient at step 1: {wrong[:5]} and {max(0, len(wrong) - 5)} more")
 
 
-def hf_losses(a: argparse.Namespace, folder: Path, variant: str) -> Losses:
-    """Returns the losses of transformers + PEFT, a document a row, from the adapter that our engine starts with."""
-    from peft import PeftModel
-    from transformers import Qwen3_5ForCausalLM
-
-    dtype = torch.float32 if variant == "hf_fp32" else torch.bfloat16
+def peer_losses(a: argparse.Namespace, folder: Path, variant: str) -> Losses:
+    """Returns a peer's losses, a document a row, from the adapter that our engine starts with."""
     with tempfile.TemporaryDirectory() as temporary:
         adapter = Path(temporary) / "adapter"
         engine = build_engine(folder, rank=a.rank, full=False, recompute="none", ops=reference_ops())
@@ -65,26 +64,62 @@ def hf_losses(a: argparse.Namespace, folder: Path, variant: str) -> Losses:
         del engine
         gc.collect()
         torch.cuda.empty_cache()
-        base = Qwen3_5ForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": 0}, attn_implementation="sdpa")
-        base.config.use_cache = False
-        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        model = (unsloth_model if variant == "unsloth" else hf_model)(a, folder, variant, adapter)
     model.train()
     rows = [(ids[None].cuda(), labels[None].cuda()) for i in range(a.accum)
             for ids, labels in random_documents(a.lengths, a.supervised, seed=7 + i)]
     counts = [int((labels[:, 1:] != -100).sum()) for _, labels in rows]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    optimiser = torch.optim.AdamW(parameters, lr=a.learning_rate, weight_decay=0.01, fused=True)
     losses = []
-    for _ in range(a.steps):
+    for step in range(a.steps):
         total = torch.zeros((), device="cuda")
         for (ids, labels), count in zip(rows, counts, strict=True):
-            loss = model(input_ids=ids, labels=labels).loss * (count / sum(counts))
+            with torch.autocast("cuda", torch.bfloat16, enabled=variant == "unsloth"):
+                loss = model(input_ids=ids, labels=labels, use_cache=False).loss * (count / sum(counts))
             loss.backward()
             total += loss.detach()
         losses.append(total)
+        if step == 0:
+            check_first_gradients((name, p.grad) for name, p in model.named_parameters() if p.requires_grad)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
     return [float(x) for x in losses]
+
+
+def hf_model(a: argparse.Namespace, folder: Path, variant: str, adapter: Path) -> Any:
+    """Returns transformers' model with PEFT's adapter, in bf16 or float32."""
+    from peft import PeftModel
+    from transformers import Qwen3_5ForCausalLM
+
+    dtype = torch.float32 if variant == "hf_fp32" else torch.bfloat16
+    base = Qwen3_5ForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": 0}, attn_implementation="sdpa")
+    base.config.use_cache = False
+    return PeftModel.from_pretrained(base, adapter, is_trainable=True)
+
+
+def unsloth_model(a: argparse.Namespace, folder: Path, variant: str, adapter: Path) -> Any:
+    """Returns Unsloth's model, its adapter filled with ours.
+
+    Raises:
+        RuntimeError: a matrix of ours has no place in it.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from unsloth import FastModel
+
+    from sparktune.lab.shapes import LORA_TARGETS
+
+    model, _ = FastModel.from_pretrained(str(folder), max_seq_length=max(a.lengths), dtype=torch.bfloat16,
+                                         load_in_4bit=False, full_finetuning=False)
+    model = FastModel.get_peft_model(model, r=a.rank, lora_alpha=a.rank, lora_dropout=0, bias="none",
+                                     target_modules=LORA_TARGETS, use_gradient_checkpointing=False)
+    result = set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if result.unexpected_keys or missing:
+        raise RuntimeError(f"the adapter does not fit Unsloth's model: unexpected {result.unexpected_keys[:3]}, "
+                           f"missing {missing[:3]}.")
+    return model
 
 
 def main() -> None:
@@ -96,15 +131,20 @@ def main() -> None:
     parser.add_argument("--accum", type=int, default=1)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--supervised", type=float, default=0.35)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--variants", type=lambda s: s.split(","), default=["fp32", "fused", "reference", "hf"])
     parser.add_argument("--folder", type=Path, default=cache_dir("bench"))
     parser.add_argument("--csv", type=Path)
     a = parser.parse_args()
+    if "unsloth" in a.variants:
+        if any(variant.startswith("hf") for variant in a.variants):
+            parser.error("unsloth and hf do not run in one process: Unsloth changes transformers when it is imported.")
+        import_module("unsloth")  # it must come before transformers
     torch.backends.cuda.matmul.allow_tf32 = False
     folder = make_model(a.folder / a.size, a.size)
     losses = {}
     for variant in a.variants:
-        losses[variant] = (hf_losses if variant.startswith("hf") else native_losses)(a, folder, variant)
+        losses[variant] = (peer_losses if variant.startswith(("hf", "unsloth")) else native_losses)(a, folder, variant)
         gc.collect()
         torch.cuda.empty_cache()
     truth = losses["fp32"]
@@ -114,7 +154,8 @@ def main() -> None:
         rows.append({**machine_row(), "size": a.size, "lengths": "+".join(map(str, a.lengths)), "steps": a.steps,
                      "variant": variant, "max_deviation": f"{max(deviations):.3e}",
                      "mean_deviation": f"{sum(deviations) / len(deviations):.3e}", "first_loss": f"{values[0]:.6f}",
-                     "last_loss": f"{values[-1]:.6f}"})
+                     "last_loss": f"{values[-1]:.6f}", "losses": json.dumps([round(x, 6) for x in values]),
+                     "learning_rate": a.learning_rate, **command_row()})
         print(f"{variant:10s} max {max(deviations):.3e} mean {sum(deviations) / len(deviations):.3e}  "
               + " ".join(f"{x:.4f}" for x in values[:: max(1, len(values) // 8)]))
     if a.csv:

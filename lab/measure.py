@@ -19,7 +19,9 @@ import torch
 
 from sparktune.lab.table import append_rows
 
-__all__ = ["StepTimes", "append_row", "device_ms", "machine_row", "measure_steps", "profile_step", "steps_row"]
+__all__ = [
+    "StepTimes", "append_row", "command_row", "device_ms", "machine_row", "measure_steps", "profile_step", "steps_row",
+]
 
 PEERS = ("peft", "fla-core", "causal-conv1d", "tilelang", "unsloth", "liger-kernel")
 

@@ -13,7 +13,6 @@ Without `_padded` and `_leaky` every document is a sequence of its own.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from sparktune.lab.documents import Documents
 from sparktune.lab.shapes import LORA_TARGETS, random_documents
 from sparktune.training.batch import IGNORE_INDEX
 
-__all__ = ["PEERS", "Peer", "peer_of", "peer_sequences", "peer_step"]
+__all__ = ["PEERS", "Peer", "PeerRun", "peer_of", "peer_sequences"]
 
 PEERS = ("hf", "liger", "unsloth")
 CHANGES = ("nogc", "full", "padded", "leaky")
@@ -131,35 +130,52 @@ def fast_path() -> bool:
     return bool(modeling_qwen3_5.is_fast_path_available)
 
 
-def peer_step(options: argparse.Namespace, documents: Documents, folder: Path) -> Callable[[], torch.Tensor]:
-    """Returns a function that runs one optimiser step of `options.variant`.
+class PeerRun:
+    """A peer's model and optimiser, and the steps it runs.
+
+    Args:
+        peer: which, and how.
+        folder: of the model.
+        rank: of the adapters.
+        longest: tokens of the longest sequence that it will see.
+        several: keep the start, for `reset`.
 
     Raises:
         SystemExit: the GDN's kernels are not installed, so that the peer would run at a tenth of its speed.
     """
-    peer = peer_of(options.variant)
-    sequences = [
-        {name: tensor.cuda() for name, tensor in sequence.items()}
-        for sequence in peer_sequences(documents, options.supervised, peer.layout)
-    ]
-    model = peer_model(peer, folder, options.rank, max(s["input_ids"].shape[1] for s in sequences))
-    if not fast_path():
-        raise SystemExit("transformers finds no fla or causal-conv1d, so its GDN layers would run in plain PyTorch, "
-                         "which is no comparison. Install both.")
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-5 if peer.full else 2e-4, fused=True)
-    counts = [int((sequence["labels"][:, 1:] != IGNORE_INDEX).sum()) for sequence in sequences]
 
-    def step() -> torch.Tensor:
-        total = torch.zeros((), device="cuda")
-        for sequence, count in zip(sequences, counts, strict=True):
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = model(**sequence, use_cache=False).loss * (count / sum(counts))
-            loss.backward()
-            total += loss.detach()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        return total
+    def __init__(self, peer: Peer, folder: Path, rank: int, longest: int, several: bool) -> None:
+        self.peer, self.model = peer, peer_model(peer, folder, rank, longest)
+        if not fast_path():
+            raise SystemExit("transformers finds no fla or causal-conv1d: its GDN layers would run in plain PyTorch, "
+                             "which is no comparison. Install both.")
+        self.model.train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=1e-5 if peer.full else 2e-4, fused=True)
+        self.start = [p.detach().cpu() for p in self.parameters] if several else []
 
-    return step
+    def reset(self) -> None:
+        """Puts what learns back to where it started."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.start, strict=True):
+                parameter.copy_(value)
+        self.optimiser.state.clear()
+
+    def step_of(self, documents: Documents, supervised: float, layout: str) -> Callable[[], torch.Tensor]:
+        """Returns a function that runs one optimiser step over the documents and returns its loss."""
+        sequences = [{name: tensor.cuda() for name, tensor in sequence.items()}
+                     for sequence in peer_sequences(documents, supervised, layout)]
+        counts = [int((sequence["labels"][:, 1:] != IGNORE_INDEX).sum()) for sequence in sequences]
+
+        def step() -> torch.Tensor:
+            total = torch.zeros((), device="cuda")
+            for sequence, count in zip(sequences, counts, strict=True):
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = self.model(**sequence, use_cache=False).loss * (count / sum(counts))
+                loss.backward()
+                total += loss.detach()
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+            return total
+
+        return step

@@ -130,17 +130,13 @@ def count_step(step: Callable[[], Any], tokens: int, times: StepTimes) -> dict[s
     """Counts one step's bytes and returns the columns that a row gains; prints what moved most to stderr.
 
     Args:
-        step: runs one optimiser step; a NativeStep goes on without graphs.
+        step: runs one optimiser step, operator by operator: a replayed graph shows none.
         tokens: real tokens of the step.
         times: what was measured of it, for the launches that the profiler saw.
 
     Raises:
         RuntimeError: compiled kernels ran that were not counted, so that the sum would be too small.
     """
-    without_graphs = getattr(step, "without_graphs", None)
-    if without_graphs is not None:
-        without_graphs("operators are counted, which a replayed graph does not show")
-        step()  # allocates what graphs kept
     busy_ms, launches, table = profile_step(step)
     with counting() as counts:
         step()

@@ -1,12 +1,13 @@
 """Ours and the peers on the same random model, tokens, targets and supervised share: one process a variant.
 
 usage: python -m lab.side_by_side make [--size 2B]
-       python -m lab.side_by_side VARIANT [--size 2B] [--lengths 5376 | --long-tailed 24] [--bytes] [--csv FILE]
+       python -m lab.side_by_side VARIANT[+VARIANT] [--size 2B] [--lengths 5376] [--long-tailed 24] [--bytes] [--csv F]
 VARIANT: native, native_full, or a peer of lab/peers.py: hf, liger, unsloth with _nogc, _full, _padded, _leaky.
 Peers run as their trainers run them, under bf16 autocast. `--lengths A,B,...` lists the documents of a micro-batch,
-`--long-tailed N` draws those of a step: ours lays them in rows without leaks, a peer as its variant says. `--bytes`
-takes one more step to count the bytes that tensors move (lab/profile.py), after everything that is timed.
-Prints one JSON line. `tok_per_s` is of real tokens, `computed_tok_per_s` of ours counts padding too.
+`--long-tailed N` draws those of a step: ours lays them in rows without leaks, a peer as its variant says. With both, a
+process measures one after the other from the same start, which saves a second compilation; so do variants joined by +
+that differ in layout. `--bytes` takes one more step to count the bytes that tensors move (lab/profile.py).
+Prints one JSON line a row. `tok_per_s` is of real tokens, `computed_tok_per_s` of ours counts padding too.
 """
 
 from __future__ import annotations
@@ -46,77 +47,106 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class NativeStep:
-    """One optimiser step of the native engine.
+class NativeRun:
+    """The native engine, and the steps it runs.
 
     Args:
         options: the command line.
-        documents: of a step.
         folder: of the model.
+        full: full fine-tuning.
+        several: keep the start, for `reset`.
     """
 
-    def __init__(self, options: argparse.Namespace, documents: Documents, folder: Path) -> None:
-        import torch
+    def __init__(self, options: argparse.Namespace, folder: Path, full: bool, several: bool) -> None:
+        from sparktune.lab.native import build_engine
 
-        from sparktune.lab.native import build_engine, documents_row
-        from sparktune.lab.shapes import random_documents
-
-        full = "full" in options.variant
         self.engine = build_engine(folder, rank=options.rank, full=full, recompute=options.recompute)
+        self.learning_rate = 1e-5 if full else 2e-4
         if options.no_graphs:
             self.without_graphs("--no-graphs")
-        self.learning_rate = 1e-5 if full else 2e-4
-        packs = [random_documents(list(pack), options.supervised, seed=7 + i) for i, pack in enumerate(documents.packs)]
-        self.batches = [documents_row(pack, pad_to=documents.row_tokens).to(torch.device("cuda")) for pack in packs]
-        self.supervised_tokens = sum(batch.supervised_tokens for batch in self.batches)
+        self.start = {name: x.cpu().clone() for name, x in self.engine.state().items()} if several else {}
 
-    def without_graphs(self, reason: str) -> None:
-        """Lets the engine launch every operator from now on, and lets go of captured graphs."""
-        self.engine.graphs.objection = reason
+    def without_graphs(self, reason: str) -> str:
+        """Lets the engine launch every operator from now on, or replay again if `reason` is empty; returns the last."""
+        before, self.engine.graphs.objection = self.engine.graphs.objection, reason
+        return before
 
-    def __call__(self) -> Any:
-        """Runs the step and returns its loss."""
-        loss = self.engine.forward_backward(self.batches, self.supervised_tokens)
-        self.engine.optimiser_step(self.learning_rate)
-        return loss
+    def reset(self) -> None:
+        """Puts what learns back to where it started."""
+        self.engine.load_state(self.start)
+
+    def step_of(self, documents: Documents, supervised: float, layout: str) -> Callable[[], Any]:
+        """Returns a function that runs one optimiser step over the documents and returns its loss."""
+        import torch
+
+        assert not layout, "ours has one layout"
+
+        from sparktune.lab.native import documents_row
+        from sparktune.lab.shapes import random_documents
+
+        packs = [random_documents(list(pack), supervised, seed=7 + i) for i, pack in enumerate(documents.packs)]
+        batches = [documents_row(pack, pad_to=documents.row_tokens).to(torch.device("cuda")) for pack in packs]
+        targets = sum(batch.supervised_tokens for batch in batches)
+
+        def step() -> Any:
+            loss = self.engine.forward_backward(batches, targets)
+            self.engine.optimiser_step(self.learning_rate)
+            return loss
+
+        return step
 
 
-def build_step(options: argparse.Namespace, documents: Documents, folder: Path) -> Callable[[], Any]:
-    """Returns a function that runs one optimiser step of a variant."""
-    if options.variant in ("native", "native_full"):
-        return NativeStep(options, documents, folder)
-    from sparktune.lab.peers import peer_step
+def variants_of(text: str) -> list[tuple[str, str]]:
+    """Takes `A+B` apart: (what a process loads, layout of its documents) of each.
 
-    return peer_step(options, documents, folder)
+    Raises:
+        SystemExit: a variant is unknown, or two of them need two processes.
+    """
+    from sparktune.lab.peers import peer_of
+
+    found: list[tuple[str, str]] = []
+    for variant in text.split("+"):
+        if variant in ("native", "native_full"):
+            found.append((variant, ""))
+            continue
+        try:
+            peer = peer_of(variant)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        found.append((variant.replace("_" + peer.layout, ""), peer.layout))
+    if len({what for what, _ in found}) > 1:
+        raise SystemExit(f"{text!r} names {len({what for what, _ in found})} models and a process loads one. Give "
+                         "variants that differ in _padded and _leaky only.")
+    return found
 
 
-def settings_row(options: argparse.Namespace, documents: Documents, step: Callable[[], Any]) -> dict[str, object]:
+def build_run(options: argparse.Namespace, what: str, folder: Path, longest: int, several: bool) -> Any:
+    """Returns the model of a process, ready to train."""
+    if what in ("native", "native_full"):
+        return NativeRun(options, folder, what == "native_full", several)
+    from sparktune.lab.peers import PeerRun, peer_of
+
+    return PeerRun(peer_of(what), folder, options.rank, longest, several)
+
+
+def settings_row(options: argparse.Namespace, documents: Documents, run: Any) -> dict[str, object]:
     """Returns what a row says about how the variant ran."""
-    native = isinstance(step, NativeStep)
+    native = isinstance(run, NativeRun)
     return {
         "size": options.size, "lengths": documents.name, "accum": len(documents.packs), "rank": options.rank,
         "supervised": options.supervised, "recompute": options.recompute if native else "",
-        "graphs": (step.engine.graphs.objection or "yes") if native else "",
+        "graphs": (run.engine.graphs.objection or "yes") if native else "",
         "real_tokens": documents.real_tokens, "padded_tokens": documents.tokens if native else documents.real_tokens,
     }
 
 
-def main() -> None:
-    """Runs one variant and prints its row."""
-    options = parse()
-    if options.variant.startswith("unsloth"):
-        import_module("unsloth")  # it must come before transformers
+def measure(options: argparse.Namespace, variant: str, run: Any, documents: Documents, step: Callable[[], Any]) -> None:
+    """Times one variant, writes and prints its row; with --bytes counts one more step into profile.csv."""
     from sparktune.lab.measure import measure_steps, profile_step, steps_row
-    from sparktune.lab.shapes import make_model
     from sparktune.lab.table import append_rows
 
-    folder = make_model(options.folder / options.size, options.size)
-    if options.variant == "make":
-        return
-    documents = documents_of(options)
-    step = build_step(options, documents, folder)
-    times = measure_steps(options.variant, step, documents.real_tokens, warmup=options.warmup, steps=options.steps)
-    settings = settings_row(options, documents, step)
+    settings = settings_row(options, documents, run)
+    times = measure_steps(variant, step, documents.real_tokens, warmup=options.warmup, steps=options.steps)
     if options.table:
         for name, ms, calls in profile_step(step)[2][:40]:
             print(f"{ms:9.3f} ms {calls:6d}  {name[:110]}", file=sys.stderr)
@@ -129,11 +159,41 @@ def main() -> None:
     if options.bytes:
         from sparktune.lab.profile import count_step
 
-        counted = count_step(step, documents.real_tokens, times)
-        row |= counted
+        graphs = run.without_graphs("a replayed graph shows no operator") if isinstance(run, NativeRun) else ""
+        step()  # allocates what graphs held
+        row |= count_step(step, documents.real_tokens, times)
+        if isinstance(run, NativeRun):
+            run.without_graphs(graphs)
         if options.csv:
             append_rows(options.csv.with_name("profile.csv"), [row])
-    print(json.dumps(row))
+    print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    """Runs one process's variants and prints a row each."""
+    options = parse()
+    if options.variant.startswith("unsloth"):
+        import_module("unsloth")  # it must come before transformers
+    import torch
+
+    from sparktune.lab.shapes import make_model
+
+    folder = make_model(options.folder / options.size, options.size)
+    if options.variant == "make":
+        return
+    variants = variants_of(options.variant)
+    every = documents_of(options)
+    # packing and padding change nothing about a row of one document
+    todo = [(variant, layout, documents) for documents in every
+            for variant, (_, layout) in zip(options.variant.split("+"), variants, strict=True)
+            if layout in ("", "documents") or any(len(pack) > 1 for pack in documents.packs)]
+    longest = max(max(sum(pack), documents.row_tokens or 0) for documents in every for pack in documents.packs)
+    run = build_run(options, variants[0][0], folder, longest, several=len(todo) > 1)
+    for i, (variant, layout, documents) in enumerate(todo):
+        if i:
+            run.reset()
+            torch.cuda.empty_cache()
+        measure(options, variant, run, documents, run.step_of(documents, options.supervised, layout))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from sparktune.lab.documents import documents_of, long_tailed_lengths
 from sparktune.lab.native import documents_row
 from sparktune.lab.peers import peer_of, peer_sequences
 from sparktune.lab.shapes import random_documents
-from sparktune.lab.side_by_side import parse
+from sparktune.lab.side_by_side import parse, variants_of
 from sparktune.lab.table import append_rows
 
 
@@ -31,7 +31,7 @@ def test_long_tailed_lengths_have_their_mean_and_never_change() -> None:
 
 
 def test_ours_and_every_layout_learn_the_same_targets() -> None:
-    documents = documents_of(parse(["native", "--long-tailed", "9", "--mean", "300", "--pack", "640"]))
+    (documents,) = documents_of(parse(["native", "--long-tailed", "9", "--mean", "300", "--pack", "640"]))
     packs = [random_documents(list(pack), 0.35, seed=7 + i) for i, pack in enumerate(documents.packs)]
     rows = [documents_row(pack, pad_to=documents.row_tokens) for pack in packs]
     assert all(row.ids.shape[0] == 640 for row in rows)
@@ -48,7 +48,8 @@ def test_ours_and_every_layout_learn_the_same_targets() -> None:
 
 
 def test_one_length_is_every_micro_batch() -> None:
-    documents = documents_of(parse(["native", "--lengths", "100,28", "--accum", "3"]))
+    documents, tailed = documents_of(parse(["x", "--lengths", "100,28", "--accum", "3", "--long-tailed", "5"]))
+    assert "5 long-tailed" in tailed.name
     assert documents.packs == ((100, 28),) * 3
     assert documents.tokens == documents.real_tokens == 384
 
@@ -60,6 +61,12 @@ def test_variants() -> None:
     for wrong in ("native", "unsloth_fast", "hf_padded_leaky", "axolotl"):
         with pytest.raises(ValueError, match="variant"):
             peer_of(wrong)
+    assert variants_of("unsloth_nogc+unsloth_nogc_leaky") == [("unsloth_nogc", "documents"), ("unsloth_nogc", "leaky")]
+    assert variants_of("native_full") == [("native_full", "")]
+    with pytest.raises(SystemExit, match="one"):
+        variants_of("native+unsloth")
+    with pytest.raises(SystemExit, match="variant"):
+        variants_of("unslothy")
 
 
 def test_a_table_takes_rows_with_new_columns(tmp_path: Path) -> None:
