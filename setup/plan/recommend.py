@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sparktune.setup.plan.basestorage import base_storage
+from sparktune.setup.plan.engines import choose_engine
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.memory import longest_row_tokens, predict_peak
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan, Recommendation
@@ -47,7 +49,9 @@ def recommend(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machi
             plan = plan.model_copy(update={field: value})
 
     propose("device", machine.device, _device_reason(machine), "measured on this machine")
-    for step in (_dtype, _mode, _engine, _optimizer, _rank, _alpha, _learning_rate, _pack_length, _accumulation):
+    for step in (
+        _dtype, _mode, _storage, _engine, _optimizer, _rank, _alpha, _learning_rate, _pack_length, _accumulation,
+    ):
         for item in step(plan, spec, report, machine):
             propose(*item)
     steps = planned_steps(plan, report)
@@ -103,13 +107,11 @@ def _dtype(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine)
 
 
 def _engine(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
-    if plan.mode == "qlora" and plan.device == "cuda":
-        return [("engine", "unsloth", "only the Unsloth engine trains over a 4-bit base", _HOUSE)]
-    if spec.native:
-        return [("engine", "native", f"the native engine knows {spec.model_type}, and packs it without leaks", _HOUSE)]
-    if plan.device == "cuda":
-        return [("engine", "unsloth", f"{spec.model_type} is unknown to the native engine", _HOUSE)]
-    return []
+    if not spec.native and plan.device != "cuda":
+        return []
+    where = machine if plan.device == machine.device else machine.model_copy(update={"device": plan.device})
+    choice = choose_engine(spec, where, mode=plan.mode, unsloth_installed=None)
+    return [("engine", choice.engine, choice.reason, _HOUSE)]
 
 
 def _mode(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
@@ -117,6 +119,8 @@ def _mode(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) 
     thresholds = "published recipe: LoRA up to 50k examples, full from 100k examples with 200M tokens"
     if plan.mode != "auto":
         return []
+    if plan.quantise_base in ("nf4", "int8"):
+        return [("mode", "qlora", f"--quantise-base {plan.quantise_base} asks for a quantised base", _HOUSE)]
     seen = f"{examples:,} examples, {tokens:,} tokens"
     if examples >= _FULL_EXAMPLES and tokens >= _FULL_TOKENS:
         if _fits(plan, "full", spec, report, machine):
@@ -129,6 +133,13 @@ def _mode(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) 
     elif examples <= _LORA_EXAMPLES:
         seen += f": up to {_LORA_EXAMPLES:,} examples an adapter learns as much and forgets less"
     return [("mode", "lora", seen, thresholds)]
+
+
+def _storage(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
+    if plan.mode != "qlora":
+        return []
+    return [("quantise_base", base_storage(plan), "4 bits a weight: the smallest base that trains well",
+             "published practice (Dettmers et al. 2023)")]
 
 
 def _fits(plan: Plan, mode: str, spec: ModelSpec, report: DatasetReport, machine: Machine) -> bool:
