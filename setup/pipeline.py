@@ -21,6 +21,7 @@ from rich.console import Console
 from sparktune.setup import strings
 from sparktune.setup.build_progress import BuildDisplay
 from sparktune.setup.cards import next_steps, plan_table, report_tables, result_table
+from sparktune.setup.estimate import eta_table, read_calibration, remember, run_eta, wants_calibration
 from sparktune.setup.machine.backends import Backend, StopSignals, choose_backend
 from sparktune.setup.machine.detect import detect_machine
 from sparktune.setup.machine.docker_backend import DockerBackend, ImageOptions
@@ -37,6 +38,7 @@ from sparktune.setup.progress import Display, PlainDisplay, make_display
 from sparktune.setup.replay import replay_command
 from sparktune.setup.runstate import RunLock, RunState, fingerprint, outputs_of, stage_input, stages_of
 from sparktune.setup.stages import StageFailed, StageRunner
+from sparktune.setup.trial import show_trial
 
 __all__ = [
     "Analysis", "StageFailed", "analyse", "check_name_free", "decide", "resume_pipeline", "run_pipeline",
@@ -233,6 +235,7 @@ def run_pipeline(
                 console.print(plan_table(plan, recommendations, console.width))
                 display.say(strings.RUN_BEGINS.format(name=run.name, folder=run.root))
                 display.say(strings.REPLAY.format(command=replay_command(plan)))
+                _announce_time(plan, run, analysis, display, stop)
                 _run_stages(plan, run, lock, display, stop, image=image.for_later() if image else None)
             if card:
                 show_result(plan, run, json_out)
@@ -242,6 +245,30 @@ def run_pipeline(
     except SparktuneError as error:
         display.say(str(error), "error")
         return error.exit_code
+
+
+def _announce_time(plan: Plan, run: RunDir, analysis: Analysis, display: Display, stop: StopSignals) -> None:
+    """Says what the run will take; where that is worth it, after some of its steps were timed here.
+
+    Raises:
+        StageFailed: the steps that were timed do not fit the memory, or the user stopped them.
+    """
+    spec, report, machine = analysis.spec, analysis.report, analysis.machine
+    eta = run_eta(plan, spec, report, machine)
+    display.console.print(eta_table(eta, plan, spec, report))
+    if not wants_calibration(plan, eta):
+        return
+    display.say(strings.CALIBRATING)
+    backend, _ = choose_backend(plan)
+    try:
+        StageRunner(plan, run, backend, display, stop, analysis.lock).stage("calibrate", 1, 1)
+    except StageFailed as failure:
+        if stop.count or failure.code in (ExitCode.MEMORY, ExitCode.STOPPED, ExitCode.INTERRUPTED):
+            _how_to_go_on(display, run, failure)
+            raise
+        display.say(strings.CALIBRATION_FAILED, "warning")
+        return
+    display.console.print(eta_table(run_eta(plan, spec, report, machine, read_calibration(run.root)), plan, spec, report))
 
 
 def resume_pipeline(
@@ -287,6 +314,9 @@ def show_result(plan: Plan, run: RunDir, json_out: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDE)  # a file or a pipe: paths stay whole
+    if plan.trial:
+        show_trial(plan, run, console)
+        return
     console.print(result_table(plan, run))
     # commands are printed as they are, never folded: they are there to be copied
     print(strings.REPLAY.format(command=replay_command(plan)))
@@ -322,6 +352,7 @@ def _run_stages(
                 raise SparktuneError(strings.NO_OUTPUT.format(stage=stage, path=missing, log=run.log))
             plan = load_plan(run.plan)  # training writes what it decided itself: kernels, recompute policy
             state.finish(stage, stage_input(stage, plan, before), output_hash, seconds)
+            remember(stage, seconds, plan, run, detect_machine(plan.device, plan.output))
             if stop.count and stage != stages[-1]:
                 between = StageFailed(stage, int(ExitCode.INTERRUPTED))
                 _how_to_go_on(display, run, between)

@@ -25,13 +25,15 @@ _DATA_FIELDS = (
 )
 _NOT_MATHS = (
     "name", "results", "output", "backend", "stack", "mtp", "gguf", "resume_from_checkpoint", "schema_version",
-    "origins", "kernels",
+    "origins", "kernels", "trial", "calibrate",
 )
 _FIELDS: dict[str, tuple[str, ...]] = {"mtp": ("mtp",), "gguf": ("gguf",)}
 
 
 def stages_of(plan: Plan) -> tuple[str, ...]:
     """Returns the stages that `plan` asks for, in order."""
+    if plan.trial:
+        return ("prepare", "train", "report")
     skipped = {"mtp"} if plan.mtp == "skip" else set()
     return tuple(s for s in STAGES if s not in (skipped if plan.gguf else skipped | {"gguf"}))
 

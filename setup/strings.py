@@ -141,6 +141,19 @@ OPEN_NAME = "method and time"
 NOTHING = "none"
 
 
+# -- time before the start
+ETA_TITLE = "Time"
+ETA_STAGE, ETA_TIME, ETA_RANGE, ETA_SOURCE = "stage", "likely", "range", "from"
+ETA_TOTAL = "all"
+ETA_RENTED = "on a rented {gpu}"
+ETA_RENTED_WHY = "estimate: published time with Unsloth, prices of May 2026; the training alone"
+CALIBRATING = "Timing some steps of this plan on your data first (--calibrate no leaves that out)."
+CALIBRATION_FAILED = "The plan could not be timed; the estimate above stands."
+TRIAL_TITLE = "Trial of {steps} steps: {name}"
+TRIAL_SLOW = "No fused kernel serves {ops}: this is not the speed that the plan was made for. {log} says why."
+TRIAL_NEXT = "When you like it, the whole run is:"
+
+
 def run_script() -> str:
     """Returns how to call run.sh from the current folder, quoted."""
     script = Path(sparktune.__file__).resolve().parents[2] / "run.sh"

@@ -23,7 +23,7 @@ from sparktune.setup.plan.schema import Plan
 if TYPE_CHECKING:
     from sparktune.setup.machine.docker_backend import ImageOptions
 
-__all__ = ["MODULES", "Backend", "LocalBackend", "StopSignals", "chat_process", "choose_backend", "program_root"]
+__all__ = ["MODULES", "TRAINING", "Backend", "LocalBackend", "StopSignals", "chat_process", "choose_backend", "program_root"]
 
 _POLL_S = 0.1
 MODULES = {
@@ -34,7 +34,10 @@ MODULES = {
     "evaluate": "sparktune.setup.export.evaluate",
     "report": "sparktune.setup.report",
 }
-"""Stage -> module that is started with `--run RUN`. The stage train is `train.py --config RUN/plan.yaml`."""
+"""Stage -> module that is started with `--run RUN`."""
+
+TRAINING = {"train": (), "calibrate": ("--rehearse", "15")}
+"""Stages that `train.py --config RUN/plan.yaml` runs -> what else it is told."""
 
 
 class StopSignals:
@@ -149,8 +152,8 @@ class LocalBackend:
             return [sys.executable, "-P", "-m", MODULES[stage], "--run", str(run.root)]
         if self._python is None:
             self._python = local_python(self._root)
-        if stage == "train":
-            return [self._python, "-P", str(self._root / "train.py"), "--config", str(run.plan)]
+        if stage in TRAINING:
+            return [self._python, "-P", str(self._root / "train.py"), "--config", str(run.plan), *TRAINING[stage]]
         return [self._python, "-P", "-m", MODULES[stage], "--run", str(run.root)]
 
     @staticmethod

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparktune.setup.machine.backends import MODULES, StopSignals, program_root
+from sparktune.setup.machine.backends import MODULES, TRAINING, StopSignals, program_root
 from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.machine.engine import connect, network_for_downloads
 from sparktune.setup.machine.image import PACKAGE, ensure_image
@@ -171,8 +171,8 @@ def container_options(
         environment["HF_TOKEN_PATH"] = HUB_FILE
     if package is not None:
         volumes |= {str(package / name): {"bind": f"{CHECKOUT}/{name}", "mode": "ro"} for name in PACKAGE}
-    if stage == "train":
-        command = ["python", "-P", f"{CHECKOUT}/train.py", "--config", str(run.plan)]
+    if stage in TRAINING:
+        command = ["python", "-P", f"{CHECKOUT}/train.py", "--config", str(run.plan), *TRAINING[stage]]
     else:
         command = ["python", "-P", "-m", MODULES[stage], "--run", str(run.root)]
     options: dict[str, Any] = {

@@ -18,6 +18,7 @@ _FULL_EXAMPLES = 100_000
 _FULL_TOKENS = 200_000_000
 _STEP_EXAMPLES = 16
 _LEAST_STEPS = 60
+_TRIAL_STEPS = 100
 _GOOD_SHARE = 0.85
 _ROUND = 128
 _EIGHT_BIT_PARAMETERS = 4_000_000_000
@@ -54,6 +55,10 @@ def recommend(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machi
     ):
         for item in step(plan, spec, report, machine):
             propose(*item)
+    if plan.trial:
+        whole = planned_steps(plan, report)
+        reason = f"a trial: {_TRIAL_STEPS} steps, or a tenth of the whole run's {whole}"
+        propose("max_steps", min(_TRIAL_STEPS, math.ceil(whole / 10)), reason, _HOUSE)
     steps = planned_steps(plan, report)
     tenth = max(1, round(steps / 10))
     propose("save_steps", tenth, f"a tenth of the run's {steps} steps: a crash costs at most that", _HOUSE)

@@ -167,6 +167,10 @@ class Plan(_Strict):
     """MTP head of the result: trained on the data, the base's own, or none."""
     gguf: list[str] = Field(default_factory=lambda: ["q8_0"], json_schema_extra=flags("--gguf", surface="run"))
     """GGUF types to write, or none."""
+    trial: bool = Field(False, json_schema_extra=flags("--trial", surface="run"))
+    """Try the plan first: 100 steps or a tenth of it, base and tuned model compared, nothing merged or exported."""
+    calibrate: Literal["auto", "yes", "no"] = Field("auto", json_schema_extra=flags("--calibrate", surface="run"))
+    """Time some steps of the plan on this machine before it starts; auto does so for runs of over an hour."""
     backend: Literal["auto", "docker", "local"] = Field("auto", json_schema_extra=flags("--backend", surface="run"))
     """Where the stages run."""
     stack: str = Field("2026.05", json_schema_extra=flags("--stack", surface="run"))
