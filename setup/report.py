@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from sparktune.setup.export.stage import run_command
 from sparktune.setup.plan.config import load_plan
 from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
 from sparktune.setup.plan.events import EventWriter, NullEvents
+from sparktune.setup.plan.outfolder import write_durably
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
 from sparktune.setup.replay import replay_command
@@ -51,8 +51,10 @@ def write_report(root: Path, events: EventWriter | None = None) -> Path:
 
     facts = gather(run, plan, progress)
     replay = replay_command(plan) if plan else ""
-    _write(run.summary, json.dumps(summary_of(facts, replay), indent=1, ensure_ascii=False) + "\n")
-    _write(run.report, render(facts, replay))
+    summary = json.dumps(summary_of(facts, replay), indent=1, ensure_ascii=False) + "\n"
+    # answers may hold lone surrogates or half characters: shown, never a crash
+    write_durably(run.summary, summary, lossy=True, explain=_unwritable)
+    write_durably(run.report, render(facts, replay), lossy=True, explain=_unwritable)
     for path in (run.summary, run.report):
         events.emit("artifact", path=str(path), bytes=path.stat().st_size)
     return run.report
@@ -66,21 +68,11 @@ def _plan(root: Path, events: EventWriter) -> Plan | None:
         return None
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        # Answers may hold lone surrogates or half characters: shown, never a crash.
-        with partial.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise PreflightError(
-            f"{path} cannot be written: {error.strerror}. Free some space or make the folder writable, and write the "
-            f"report again: python -m sparktune.setup.report --run {path.parent}"
-        ) from error
+def _unwritable(path: Path, error: OSError) -> PreflightError:
+    return PreflightError(
+        f"{path} cannot be written: {error.strerror}. Free some space or make the folder writable, and write the "
+        f"report again: python -m sparktune.setup.report --run {path.parent}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ STAGES = ("prepare", "train", "merge", "mtp", "gguf", "evaluate", "report")
 _SMALL_BYTES = 2**20
 _DATA_FIELDS = (
     "model", "data", "eval_data", "eval_split", "text_field", "thinking", "max_seq_length", "over_length",
-    "bad_row_limit",
+    "bad_row_limit", "dedupe", "redact_pii",
 )
 _NOT_MATHS = (
     "name", "results", "output", "backend", "stack", "mtp", "gguf", "resume_from_checkpoint", "schema_version",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,36 +23,39 @@ _PACKING_SAMPLE = 50_000
 
 
 def dataset_report(
-    plan: Plan, facts: FileFacts, train: TokenDataset, evaluation: TokenDataset, rows: dict[str, Any],
-    tallies: list[FileTally],
+    plan: Plan, files: list[Path], facts: FileFacts, train: TokenDataset, evaluation: TokenDataset,
+    rows: dict[str, Any], tallies: list[FileTally],
 ) -> DatasetReport:
     """Returns the report of tokenised data.
 
     Args:
         plan: the plan; `pack_length` is compared with the candidates.
+        files: the training file and, where there is one, the evaluation file, as they were read.
         facts: of the training file.
         train: training examples, at least one.
         evaluation: held-out examples, maybe none.
-        rows: formats, multi_turn, with_system, with_thinking, duplicates, eval_leaks of the kept rows.
+        rows: of the kept rows, what `RowTally.summary` returns.
         tallies: of the training file, and of the evaluation file where there is one.
     """
     lengths = length_stats(train.lengths)
     supervised = int(train.supervised_counts.sum())
     candidates = pack_candidates(lengths, plan.max_seq_length, plan.pack_length)
     return DatasetReport(
-        path=str(plan.data), sha256=facts.sha256, bytes=facts.bytes, rows=tallies[0].rows,
+        path=str(files[0]), sha256=facts.sha256, bytes=facts.bytes, rows=tallies[0].rows,
         kept=len(train) + len(evaluation), train_examples=len(train), eval_examples=len(evaluation),
         dropped=dict(tallies[0].dropped), problems=tallies[0].problems, truncated=tallies[0].truncated,
         lengths=lengths, supervised_tokens=supervised, supervised_share=supervised / lengths.total,
         packing=packing_shares(train.lengths, candidates), cache_key=train.key,
-        warnings=_warnings(plan, tallies, rows, len(evaluation)), **rows,
+        warnings=_warnings(plan, files, tallies, rows, len(evaluation)), **rows,
     )
 
 
-def _warnings(plan: Plan, tallies: list[FileTally], rows: dict[str, Any], eval_examples: int) -> list[str]:
+def _warnings(
+    plan: Plan, files: list[Path], tallies: list[FileTally], rows: dict[str, Any], eval_examples: int
+) -> list[str]:
     """Returns what the user should know although the run goes on."""
     warnings = []
-    for path, tally in zip((plan.data, plan.eval_data), tallies, strict=False):
+    for path, tally in zip(files, tallies, strict=True):
         if dropped := tally.dropped.total():
             warnings.append(f"{path}: {dropped:,} of {tally.rows:,} rows are not used.\n{tally.listing()}")
         if tally.truncated:
@@ -63,14 +67,13 @@ def _warnings(plan: Plan, tallies: list[FileTally], rows: dict[str, Any], eval_e
                 f"{path}: the chat template closes {tally.open_turns:,} assistant turns with no special token; the "
                 "model will not learn where to stop there."
             )
-    if rows["duplicates"]:
+    for path, found in zip(files, (rows["findings"], rows["eval_findings"]), strict=False):
+        warnings += [f"{path}: {text}" for text in _found(found, own_eval=len(files) > 1)]
+    chats = sum(count for kind, count in rows["formats"].items() if kind != "text")
+    if 0 < rows["with_thinking"] < chats:
         warnings.append(
-            f"{plan.data}: {rows['duplicates']:,} training rows repeat an earlier one exactly; all are kept."
-        )
-    if rows["eval_leaks"]:
-        warnings.append(
-            f"{plan.eval_data}: {rows['eval_leaks']:,} held-out rows also stand in the training data, so the "
-            "evaluation loss is too good. Remove them from one of the two."
+            f"{files[0]}: {rows['with_thinking']:,} of {chats:,} conversations have thinking and the others none; the "
+            "model learns to think now and then. Keep one kind, unless that is wanted."
         )
     if not eval_examples and plan.eval_split > 0:
         warnings.append(
@@ -78,6 +81,40 @@ def _warnings(plan: Plan, tallies: list[FileTally], rows: dict[str, Any], eval_e
             "evaluation. Raise it, or give --eval-data."
         )
     return warnings
+
+
+_FOUND = {
+    "duplicate": "training rows repeat an earlier one exactly; all are kept. --dedupe exact leaves the repeats out.",
+    "near_duplicate": "training rows say nearly the same as an earlier one; all are kept. --dedupe near leaves them "
+                      "out.",
+    "eval_leak": "held-out rows also stand in the training data, so the evaluation loss is too good. Remove them from "
+                 "one of the two.",
+    "near_eval_leak": "held-out rows say nearly the same as a training row, so the evaluation loss is too good.",
+    "markup": "rows hold a chat template's markup inside a message: the text was rendered before. Give the bare "
+              "messages.",
+    "left_out": "rows have a message that the chat template does not show; the model never sees it.",
+    "pii_email": "rows hold e-mail addresses. --redact-pii replaces them.",
+    "pii_phone": "rows hold phone numbers. --redact-pii replaces them.",
+    "pii_card": "rows hold payment card numbers. --redact-pii replaces them.",
+    "pii_key": "rows hold what looks like a key or a password. --redact-pii replaces it; a key that was in a file "
+               "should be made anew.",
+}
+_SHOWN_LINES = 10
+
+
+def _found(findings: dict[str, Any], own_eval: bool) -> list[str]:
+    """Returns one sentence for each finding, with the first lines it was found at."""
+    texts = []
+    for code, text in _FOUND.items():
+        if code not in findings:
+            continue
+        count, lines = findings[code]["rows"], findings[code]["lines"]
+        where = ", ".join(map(str, lines[:_SHOWN_LINES])) + (", ..." if count > _SHOWN_LINES else "")
+        if code == "near_eval_leak":
+            text += " Remove them from one of the two." if own_eval else " --dedupe near leaves them out."
+        what, _, rest = text.partition("rows ")
+        texts.append(f"{count:,} {what}rows {rest.rstrip('.')} (line{'s' if count > 1 else ''} {where}).")
+    return texts
 
 
 def length_stats(lengths: npt.ArrayLike) -> LengthStats:

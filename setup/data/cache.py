@@ -165,6 +165,11 @@ class CacheWriter:
         except OSError as error:
             raise cache_file_error(error, self.folder) from error
 
+    @property
+    def tokens(self) -> int:
+        """Tokens so far, of both parts."""
+        return sum(self._ends.values())
+
     def finish(self) -> None:
         """Completes the array files, so that `datasets` can read them before the commit."""
         try:

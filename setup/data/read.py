@@ -17,7 +17,10 @@ from sparktune.setup.data.formats import RowRefused, normalise
 from sparktune.setup.plan.errors import DataError
 from sparktune.setup.plan.schema import RowProblem
 
-__all__ = ["MAX_LINE_BYTES", "FileFacts", "Row", "file_facts", "first_questions", "read_rows"]
+__all__ = [
+    "MAX_LINE_BYTES", "FileFacts", "RawLine", "Row", "file_facts", "first_questions", "parse_row", "raw_line_at",
+    "raw_lines", "read_rows",
+]
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is refused: it bounds the reader's memory, and no example of that size can be trained on."""
@@ -58,6 +61,18 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RawLine:
+    """One non-blank line as it stands in the file."""
+
+    line: int
+    """Line number in the file, from 1."""
+    offset: int
+    """Byte at which it begins."""
+    data: bytes
+    """With its line end, where it has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileFacts:
     """A data file's identity and size."""
 
@@ -95,15 +110,35 @@ def read_rows(path: Path, text_field: str = "text") -> Iterator[Row | RowProblem
     Raises:
         DataError: the file is missing, a folder, unreadable, empty, or plainly not a text file.
     """
+    for raw in raw_lines(path):
+        yield parse_row(raw.line, raw.data, text_field)
+
+
+def raw_lines(path: Path) -> Iterator[RawLine]:
+    """Yields every non-blank line of a JSONL as it stands; of a line longer than the limit only limit + 1 bytes.
+
+    Raises:
+        DataError: see `read_rows`.
+    """
+    rows = 0
     with _open(path) as file:
-        rows = 0
-        for line, data in _lines(path, file):
-            if not data.strip():
-                continue
-            rows += 1
-            yield _row(line, data, text_field)
+        for raw in _lines(path, file):
+            if raw.data.strip():
+                rows += 1
+                yield raw
     if not rows:
         raise DataError(f"{path} should hold one JSON object a line; it holds none: the file is empty.")
+
+
+def raw_line_at(path: Path, offset: int) -> bytes:
+    """Returns the line that begins at byte `offset`, as `raw_lines` would.
+
+    Raises:
+        DataError: see `read_rows`.
+    """
+    with _open(path) as file:
+        file.seek(offset)
+        return _readline(path, file)
 
 
 def first_questions(path: Path, lines: set[int], text_field: str = "text") -> dict[int, str]:
@@ -148,14 +183,16 @@ def _open(path: Path) -> BinaryIO:
     return file
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number, bytes); of a line longer than the limit only limit + 1 bytes."""
-    number = 0
+def _lines(path: Path, file: BinaryIO) -> Iterator[RawLine]:
+    """Yields the lines; of a line longer than the limit only limit + 1 bytes."""
+    number, offset = 0, file.tell()
     while data := _readline(path, file):
         number += 1
-        yield number, data
+        yield RawLine(line=number, offset=offset, data=data)
+        offset += len(data)
         while len(data) > MAX_LINE_BYTES and not data.endswith(b"\n"):
             data = _readline(path, file)
+            offset += len(data)
 
 
 def _readline(path: Path, file: BinaryIO) -> bytes:
@@ -176,7 +213,14 @@ def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"{path} should be a readable JSONL file, but: {error.strerror or error}. Check it and its disk.")
 
 
-def _row(line: int, data: bytes, text_field: str) -> Row | RowProblem:
+def parse_row(line: int, data: bytes, text_field: str = "text") -> Row | RowProblem:
+    """Returns one line as a Row or, if it cannot be used, a RowProblem.
+
+    Args:
+        line: its number, from 1.
+        data: its bytes; more than MAX_LINE_BYTES are refused.
+        text_field: see `read_rows`.
+    """
     try:
         value = _object(data)
         kind, messages, text, tools = normalise(value, text_field)

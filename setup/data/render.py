@@ -36,6 +36,8 @@ class Rendered:
     """Characters start..end of each assistant turn, end-of-turn token included; ascending."""
     open_turns: int
     """Assistant turns that the template closes with no special token: nothing teaches the model to stop there."""
+    left_out: int = 0
+    """Messages that say something of which the template shows nothing."""
 
 
 class ChatRenderer:
@@ -101,7 +103,8 @@ class ChatRenderer:
                 span, closed = self._span(index, scaffold, marked, tools, openings)
                 spans.append(span)
                 open_turns += not closed
-        return Rendered(text=text, spans=spans, open_turns=open_turns)
+        left_out = set(marked.owners) - {hole.message for hole in scaffold.holes}
+        return Rendered(text=text, spans=spans, open_turns=open_turns, left_out=len(left_out))
 
     def prompt_ids(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Returns the ids of a prompt, generation prompt included: what an inference would start from."""

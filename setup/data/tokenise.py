@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import os
 import signal
 import sys
 import time
@@ -20,31 +19,32 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import numpy as np
-import numpy.typing as npt
-
 from sparktune.setup.data.analyze import dataset_report
-from sparktune.setup.data.cache import CacheWriter, TokenDataset, open_cache, remove_leftovers
-from sparktune.setup.data.checks import RowTally, facts_of
-from sparktune.setup.data.formats import RowRefused
+from sparktune.setup.data.cache import CacheWriter, TokenDataset, cache_file_error, open_cache, remove_leftovers
+from sparktune.setup.data.checks import RowTally
+from sparktune.setup.data.clean import clean_file
+from sparktune.setup.data.duplicates import NEAR_RULE, SignatureFile
+from sparktune.setup.data.examine import Examined, RowRules
+from sparktune.setup.data.pii import PII_RULE
 from sparktune.setup.data.problems import FileTally, judge
-from sparktune.setup.data.read import FileFacts, Row, file_facts, read_rows
-from sparktune.setup.data.render import MASK_RULE, ChatRenderer, supervised_mask
+from sparktune.setup.data.read import FileFacts, file_facts
+from sparktune.setup.data.render import MASK_RULE
+from sparktune.setup.data.split import SPLIT_RULE, is_held_out
 from sparktune.setup.data.tokenizer import ChatTokenizer, load_tokenizer
+from sparktune.setup.data.workers import examine_file
 from sparktune.setup.plan.config import load_plan
 from sparktune.setup.plan.errors import DataError, ExitCode, PreflightError, SparktuneError, UsageError
 from sparktune.setup.plan.events import EventWriter
 from sparktune.setup.plan.models import probe
+from sparktune.setup.plan.outfolder import gib, write_durably
 from sparktune.setup.plan.rundir import RunDir, cache_dir
-from sparktune.setup.plan.schema import DatasetReport, ModelSpec, Plan, RowProblem
+from sparktune.setup.plan.schema import Cleaned, DatasetReport, ModelSpec, Plan
 
 __all__ = ["PreparedData", "TokenDataset", "prepare"]
 
-# A row is held out when the first 8 bytes of its digest, as a share of their range, are below eval_split.
-_SPLIT_RULE = 1
-# Rows tokenised together: enough for the tokenizer's threads, little memory.
-_BATCH_ROWS = 256
-_BATCH_CHARACTERS = 4_000_000
+# Version of what is looked for in rows beside their tokens; a change makes every token cache anew.
+_FINDINGS_RULE = 1
+_WORTH_SAYING_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +56,28 @@ class PreparedData:
     """None where nothing is held out."""
     report: DatasetReport
 
+    @property
+    def files(self) -> tuple[Path, Path | None]:
+        """The files that the examples' line numbers refer to: training data, evaluation data of its own."""
+        cleaned = self.report.eval_cleaned
+        return Path(self.report.path), Path(cleaned.path) if cleaned else self.eval_data
+
+    eval_data: Path | None = None
+    """Evaluation data of its own, as the plan names it."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Example:
-    row: Row
-    digest: bytes
-    ids: npt.NDArray[np.uint32]
-    supervised: npt.NDArray[np.uint8]
-    open_turns: int
+class _Source:
+    """One file that is read."""
+
+    path: Path
+    facts: FileFacts
+    cleaned: Cleaned | None
 
 
 def prepare(
-    plan: Plan, spec: ModelSpec, tokenizer_source: str, events: EventWriter, tokenizer: ChatTokenizer | None = None
+    plan: Plan, spec: ModelSpec, tokenizer_source: str, events: EventWriter, tokenizer: ChatTokenizer | None = None,
+    workers: int | None = None,
 ) -> PreparedData:
     """Returns the run's tokenised data: from the cache, or read, rendered, masked and cached now.
 
@@ -77,6 +87,7 @@ def prepare(
         tokenizer_source: folder or hub id of tokenizer and chat template.
         events: gets progress, warnings and the choice between cache and work.
         tokenizer: the loaded tokenizer of `tokenizer_source`, where the caller has it already.
+        workers: processes that read and tokenise; see `examine_file`.
 
     Raises:
         DataError: file, tokenizer or rows cannot be used (exit 4); names file and lines.
@@ -84,10 +95,9 @@ def prepare(
     """
     if plan.data is None:
         raise UsageError("Training needs data: give a JSONL file with --data.")
-    files = [plan.data, *([plan.eval_data] if plan.eval_data is not None else [])]
-    facts = [file_facts(path) for path in files]
+    sources = [_source(path, plan, events, workers) for path in (plan.data, plan.eval_data) if path is not None]
     tokenizer = tokenizer or load_tokenizer(tokenizer_source)
-    key = _cache_key(plan, spec, tokenizer, facts)
+    key = _cache_key(plan, spec, tokenizer, [source.facts for source in sources])
     folder = cache_dir("tokens") / key
     cached = open_cache(folder, key)
     if cached is not None:
@@ -97,27 +107,46 @@ def prepare(
         events.choice("token cache", "made", f"{reason}; {folder}")
         remove_leftovers(folder.parent)
         with CacheWriter(folder) as writer:
-            _fill(writer, plan, spec, tokenizer, facts, key, events)
+            _fill(writer, plan, spec, tokenizer, sources, key, events, workers)
         cached = open_cache(folder, key)
         if cached is None:
             raise PreflightError(f"The token cache {folder} did not survive being written. Check the disk.")
     train, evaluation, stored = cached
     tallies = [FileTally.from_json(values) for values in stored["files"]]
-    _judge(plan, files, tallies)
-    report = dataset_report(plan, facts[0], train, evaluation, stored["rows"], tallies)
+    paths = [source.path for source in sources]
+    _judge(plan, paths, tallies)
+    report = dataset_report(plan, paths, sources[0].facts, train, evaluation, stored["rows"], tallies)
+    report = report.model_copy(update={
+        "cleaned": sources[0].cleaned, "eval_cleaned": sources[1].cleaned if len(sources) > 1 else None,
+    })
     for warning in report.warnings:
         events.message(warning, "warning")
-    return PreparedData(train=train, evaluation=evaluation if len(evaluation) else None, report=report)
+    return PreparedData(
+        train=train, evaluation=evaluation if len(evaluation) else None, report=report, eval_data=plan.eval_data
+    )
+
+
+def _source(path: Path, plan: Plan, events: EventWriter, workers: int | None) -> _Source:
+    """Returns the file to read in place of `path`: itself, or its cleaned copy."""
+    facts = file_facts(path)
+    # repeated evaluation rows are the user's own choice; what is redacted must not come back through samples
+    dedupe = plan.dedupe if path == plan.data else "off"
+    if dedupe == "off" and not plan.redact_pii:
+        return _Source(path=path, facts=facts, cleaned=None)
+    cleaned = clean_file(path, facts, dedupe, plan.redact_pii, plan.text_field, events, workers)
+    copy = Path(cleaned.path)
+    return _Source(path=copy, facts=file_facts(copy), cleaned=cleaned)
 
 
 def _cache_key(plan: Plan, spec: ModelSpec, tokenizer: ChatTokenizer, facts: list[FileFacts]) -> str:
     """Returns the hash over everything that decides the cached tokens."""
     identity = {
         "data": facts[0].sha256,
-        "eval": facts[1].sha256 if len(facts) > 1 else {"rule": _SPLIT_RULE, "eval_split": plan.eval_split},
+        "eval": facts[1].sha256 if len(facts) > 1 else {"rule": SPLIT_RULE, "eval_split": plan.eval_split},
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": spec.vocab_size,
         "mask_rule": MASK_RULE,
+        "findings": [_FINDINGS_RULE, NEAR_RULE, PII_RULE],
         "over_length": plan.over_length,
         "max_seq_length": plan.max_seq_length,
         "text_field": plan.text_field,
@@ -131,38 +160,70 @@ def _cache_key(plan: Plan, spec: ModelSpec, tokenizer: ChatTokenizer, facts: lis
 
 
 def _fill(
-    writer: CacheWriter, plan: Plan, spec: ModelSpec, tokenizer: ChatTokenizer, facts: list[FileFacts], key: str,
-    events: EventWriter,
+    writer: CacheWriter, plan: Plan, spec: ModelSpec, tokenizer: ChatTokenizer, sources: list[_Source], key: str,
+    events: EventWriter, workers: int | None,
 ) -> None:
     """Tokenises the files into `writer` and commits it, unless the rows are refused as a whole."""
-    assert plan.data is not None
-    rows = RowTally()
+    started, peaks = time.monotonic(), [(1, 0)]
+    rules = RowRules(
+        text_field=plan.text_field, thinking=plan.thinking, max_seq_length=plan.max_seq_length,
+        over_length=plan.over_length, vocab_size=spec.vocab_size,
+    )
+    tallies = [FileTally() for _ in sources]
     held_out: list[bytes] = []
-    files = [plan.data]
-    tallies = [FileTally()]
-    split = plan.eval_split if plan.eval_data is None else 0.0
-    for example in _examples(plan.data, plan, spec, tokenizer, tallies[0], facts[0], events):
-        out = int.from_bytes(example.digest[:8], "big") < split * 2**64
-        if out:
-            held_out.append(example.digest)
-        writer.add("eval" if out else "train", example.ids, example.supervised, example.row.line)
-        rows.add(example.row, facts_of(example.row), example.digest, out)
-    if plan.eval_data is not None:
-        files.append(plan.eval_data)
-        tallies.append(FileTally())
-        for example in _examples(plan.eval_data, plan, spec, tokenizer, tallies[1], facts[1], events):
-            writer.add("eval", example.ids, example.supervised, example.row.line)
-            rows.add(example.row, facts_of(example.row), example.digest, True)
-    _judge(plan, files, tallies)
-    writer.finish()
-    stored: dict[str, Any] = {"files": [tally.to_json() for tally in tallies]}
-    if held_out and len(held_out) == tallies[0].kept:
-        # Something must train: the row that the split rule would let go first at a lower share.
-        back = max(held_out)
-        rows.move_to_train(back)
-        _commit_moved(writer, [digest == back for digest in held_out], key, {**stored, "rows": _row_facts(rows)})
+    try:
+        signatures = SignatureFile(writer.folder)
+    except OSError as error:
+        raise cache_file_error(error, writer.folder) from error
+    rows = RowTally(signatures=signatures)
+    try:
+        for number, (source, tally) in enumerate(zip(sources, tallies, strict=True)):
+            split = plan.eval_split if len(sources) == 1 else float(number)
+            examined = examine_file(
+                source.path, rules, tokenizer, workers, lambda count, peak: peaks.append((count, peak))
+            )
+            for row in _told(examined, source, tally, events):
+                out = is_held_out(row.digest, split)
+                if out and not number:
+                    held_out.append(row.digest)
+                writer.add("eval" if out else "train", row.ids, row.supervised, row.line)
+                assert row.facts is not None
+                assert row.signature is not None
+                rows.add(row.facts, row.digest, row.signature, line=row.line, offset=row.offset, file=number,
+                         held_out=out)
+        paths = [source.path for source in sources]
+        _judge(plan, paths, tallies)
+        writer.finish()
+        back = None
+        if held_out and len(held_out) == tallies[0].kept:
+            # Something must train: the row that the split rule would let go first at a lower share.
+            back = max(held_out)
+            rows.move_to_train(back)
+        stored = {"files": [tally.to_json() for tally in tallies], "rows": rows.summary(paths, plan.text_field)}
+    except OSError as error:
+        raise cache_file_error(error, writer.folder) from error
+    finally:
+        signatures.close()
+    if back is None:
+        writer.commit(stored)
+    else:
+        _commit_moved(writer, [digest == back for digest in held_out], key, stored)
+    _say_cost(events, sources, tallies, writer.tokens, time.monotonic() - started, max(peaks, key=lambda p: p[1]))
+
+
+def _say_cost(
+    events: EventWriter, sources: list[_Source], tallies: list[FileTally], tokens: int, seconds: float,
+    peak: tuple[int, int],
+) -> None:
+    """Says what the analysis took; a file so small that nobody waits for it is not worth a line."""
+    size = sum(source.facts.bytes for source in sources)
+    if size < _WORTH_SAYING_BYTES:
         return
-    writer.commit({**stored, "rows": _row_facts(rows)})
+    processes, peak_bytes = peak
+    events.message(
+        f"Analysed {sum(tally.rows for tally in tallies):,} rows ({gib(size)}, {tokens:,} tokens) in {seconds:.1f} s "
+        f"with {processes} process{'es' if processes > 1 else ''}; peak memory of all together {gib(peak_bytes)}."
+    )
 
 
 def _commit_moved(writer: CacheWriter, to_train: list[bool], key: str, facts: dict[str, Any]) -> None:
@@ -176,118 +237,33 @@ def _commit_moved(writer: CacheWriter, to_train: list[bool], key: str, facts: di
         moved.commit(facts)
 
 
-def _row_facts(rows: RowTally) -> dict[str, Any]:
-    return {
-        "formats": dict(rows.formats), "multi_turn": rows.multi_turn, "with_system": rows.with_system,
-        "with_thinking": rows.with_thinking, "duplicates": rows.duplicates, "eval_leaks": rows.eval_leaks,
-    }
-
-
-def _examples(
-    path: Path, plan: Plan, spec: ModelSpec, tokenizer: ChatTokenizer, tally: FileTally, facts: FileFacts,
-    events: EventWriter,
-) -> Iterator[_Example]:
-    """Yields the usable examples of one file in its order; everything else goes into `tally`.
+def _told(
+    examined: Iterator[Examined], source: _Source, tally: FileTally, events: EventWriter
+) -> Iterator[Examined]:
+    """Yields the usable rows of one file; everything else goes into `tally`, and progress to `events`.
 
     Raises:
-        DataError: the file cannot be read, or changed since it was hashed.
+        DataError: the file changed since it was hashed.
     """
-    renderer: ChatRenderer | None = None
-    batch: list[tuple[Row, str, list[tuple[int, int]], int]] = []
-    characters = 0
+    path, facts = source.path, source.facts
     last_event_s = 0.0
     before = path.stat()
-    for row in read_rows(path, plan.text_field):
+    for row in examined:
         tally.rows += 1
         if time.monotonic() - last_event_s > 0.2:
             last_event_s = time.monotonic()
             events.progress(f"tokenise {path.name}", row.line, max(facts.lines, row.line), "lines")
-        if isinstance(row, RowProblem):
-            tally.drop(row)
+        if row.problem is not None:
+            tally.drop(row.problem)
             continue
-        if row.messages is None:
-            assert row.text is not None
-            batch.append((row, row.text, [], 0))
-        else:
-            renderer = renderer or ChatRenderer(tokenizer, plan.thinking)
-            try:
-                rendered = renderer.render(row.messages, row.tools)
-            except RowRefused as refusal:
-                tally.drop(RowProblem(line=row.line, code=refusal.code, text=refusal.text))
-                continue
-            batch.append((row, rendered.text, rendered.spans, rendered.open_turns))
-        characters += len(batch[-1][1])
-        if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
-            yield from _encoded(batch, plan, spec, tokenizer, tally)
-            batch, characters = [], 0
-    yield from _encoded(batch, plan, spec, tokenizer, tally)
+        tally.kept += 1
+        tally.truncated += row.truncated
+        tally.open_turns += row.open_turns
+        yield row
     after = path.stat()
     if (before.st_size, before.st_mtime_ns, facts.bytes) != (after.st_size, after.st_mtime_ns, after.st_size):
         raise DataError(f"{path} changed while it was being read. Start again when nothing writes to it any more.")
     events.progress(f"tokenise {path.name}", max(facts.lines, 1), max(facts.lines, 1), "lines")
-
-
-def _encoded(
-    batch: list[tuple[Row, str, list[tuple[int, int]], int]], plan: Plan, spec: ModelSpec, tokenizer: ChatTokenizer,
-    tally: FileTally,
-) -> Iterator[_Example]:
-    """Tokenises a batch and applies the rules about ids, length and labels."""
-    for (row, _, spans, open_turns), tokens in zip(
-        batch, tokenizer.encode_batch([text for _, text, _, _ in batch]), strict=True
-    ):
-        ids, supervised = tokens.ids, supervised_mask(tokens.starts, spans)
-        if row.messages is None:
-            ids, supervised = _closed(ids, tokenizer)
-        truncated = len(ids) > plan.max_seq_length and plan.over_length == "truncate"
-        problem = _objection(row.line, ids, plan, spec)
-        if truncated:
-            ids, supervised = ids[: plan.max_seq_length], supervised[: plan.max_seq_length]
-        if problem is None and not supervised[1:].any():
-            why = f"they all lie past max_seq_length ({plan.max_seq_length:,} tokens)" if truncated else "it has none"
-            problem = RowProblem(
-                line=row.line, code="all_masked", text=f"the row should have tokens to learn from; {why}."
-            )
-        if problem is not None:
-            tally.drop(problem)
-            continue
-        tally.kept += 1
-        tally.truncated += truncated
-        tally.open_turns += open_turns
-        yield _Example(row=row, digest=row.digest, ids=ids, supervised=supervised, open_turns=open_turns)
-
-
-def _closed(
-    ids: npt.NDArray[np.uint32], tokenizer: ChatTokenizer
-) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
-    """Returns plain text as it is trained: after the tokenizer's own opening, before its end-of-text token."""
-    eos = tokenizer.tokenizer.eos_token_id
-    if eos is None:
-        raise DataError(
-            f"Rows of plain text end with the tokenizer's eos_token, but the tokenizer of {tokenizer.source} has none. "
-            "Name one in tokenizer_config.json."
-        )
-    closing = [] if len(ids) and ids[-1] == eos else [eos]
-    ids = np.concatenate([tokenizer.opening_ids, ids, closing]).astype(np.uint32)
-    return ids, np.ones(len(ids), dtype=np.uint8)
-
-
-def _objection(line: int, ids: npt.NDArray[np.uint32], plan: Plan, spec: ModelSpec) -> RowProblem | None:
-    """Returns what stands against using these ids, if anything."""
-    if not len(ids):
-        return RowProblem(line=line, code="empty_row", text="the tokenizer makes no token of the row's text.")
-    highest = int(ids.max())
-    if highest >= spec.vocab_size:
-        return RowProblem(
-            line=line, code="token_range",
-            text=f"the tokenizer gives id {highest:,}, but the model's vocabulary ends at {spec.vocab_size - 1:,}; "
-            "tokenizer and model do not belong together.",
-        )
-    if len(ids) > plan.max_seq_length and plan.over_length != "truncate":
-        return RowProblem(
-            line=line, code="over_length",
-            text=f"the example has {len(ids):,} tokens; --max-seq-length allows {plan.max_seq_length:,}.",
-        )
-    return None
 
 
 def _judge(plan: Plan, files: list[Path], tallies: list[FileTally]) -> None:
@@ -313,7 +289,12 @@ def _run_stage(root: Path) -> None:
         events.emit("start")
         spec = probe(plan.model)
         data = prepare(plan, spec, spec.source, events)
-        _write(run.data_report, data.report.model_dump_json(indent=1) + "\n")
+        write_durably(
+            run.data_report, data.report.model_dump_json(indent=1) + "\n",
+            explain=lambda path, error: PreflightError(
+                f"{path} should be writable, but: {error.strerror or error}. Free space or change --results."
+            ),
+        )
         events.emit("artifact", path=str(run.data_report), bytes=run.data_report.stat().st_size)
         done = True
     except SparktuneError as error:
@@ -322,23 +303,6 @@ def _run_stage(root: Path) -> None:
     finally:
         events.emit("end", ok=done, seconds=round(time.monotonic() - started, 3))
         events.close()
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a small file by rename."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise PreflightError(
-            f"{path} should be writable, but: {error.strerror or error}. Free space or change --results."
-        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:

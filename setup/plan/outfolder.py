@@ -177,14 +177,35 @@ def link_or_copy(source: Path, target: Path) -> bool:
     return True
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Writes a small text file so that `path` holds the old or the new text, never a part of it."""
+def write_durably(
+    path: Path, text: str, *, lossy: bool = False, explain: Callable[[Path, OSError], SparktuneError] | None = None
+) -> None:
+    """Writes a small text file, UTF-8, so that `path` holds the old or the new text, never a part of it.
+
+    Its folder is made where it is not there.
+
+    Args:
+        path: the file.
+        text: its new content.
+        lossy: what UTF-8 cannot hold (half a surrogate pair, which a model's answer may contain) becomes a question
+            mark instead of an error.
+        explain: makes the error to raise of (path, the system's refusal); without it the refusal itself is raised.
+
+    Raises:
+        OSError: the file cannot be written; or what `explain` makes of that.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8", errors="replace" if lossy else "strict", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if explain is None:
+            raise
+        raise explain(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

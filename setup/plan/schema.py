@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Cleaned",
     "DatasetReport",
+    "Finding",
     "LengthStats",
     "Machine",
     "ModelSpec",
@@ -74,6 +76,10 @@ class Plan(_Strict):
     """What happens to examples longer than max_seq_length."""
     bad_row_limit: float = Field(0.01, ge=0.0, le=1.0, json_schema_extra=flags("--bad-row-limit"))
     """Share of unusable rows above which the run stops (exit 4)."""
+    dedupe: Literal["off", "exact", "near"] = Field("off", json_schema_extra=flags("--dedupe"))
+    """Repeated rows to leave out, all but the first: none, exact ones, or also near ones; the file stays as it is."""
+    redact_pii: bool = Field(False, json_schema_extra=flags("--redact-pii"))
+    """Replace e-mail addresses, phone and card numbers and keys by [EMAIL] and so on; the file stays as it is."""
     pack: bool = Field(True, json_schema_extra=flags("--pack"))
     """Put several documents into one pack; they never see each other."""
     pack_length: int | None = Field(None, ge=16, json_schema_extra=flags("--pack-length"))
@@ -262,6 +268,33 @@ class RowProblem(_Strict):
     """What was expected, seen, and what to do; never the row's content."""
 
 
+class Finding(_Strict):
+    """Something found in rows that are used all the same."""
+
+    rows: int
+    """Rows it was found in."""
+    count: int
+    """Places it was found at."""
+    lines: list[int]
+    """Line numbers of the first 1,000 of those rows, ascending."""
+
+
+class Cleaned(_Strict):
+    """A cleaned copy of a data file; the original was left as it is."""
+
+    original: str
+    original_sha256: str
+    path: str
+    """The copy; its name ends in the hash of what made it."""
+    sha256: str
+    rows: int
+    """Rows of the original."""
+    removed: dict[str, Finding]
+    """duplicate, near_duplicate -> rows of the original that are not in the copy."""
+    redacted: dict[str, Finding]
+    """email, phone, card, key -> rows of the original in which places were replaced by [EMAIL] and so on."""
+
+
 class LengthStats(_Strict):
     """Lengths of examples in tokens."""
 
@@ -308,6 +341,21 @@ class DatasetReport(_Strict):
     """Training rows that repeat an earlier one exactly (kept)."""
     eval_leaks: int
     """Held-out rows whose exact twin is in the training part."""
+    near_duplicates: int = 0
+    """Training rows that say nearly the same as an earlier one (kept)."""
+    near_leaks: int = 0
+    """Held-out rows that say nearly the same as a training row."""
+    findings: dict[str, Finding] = Field(default_factory=dict)
+    """Of the data, by code: duplicate, near_duplicate, eval_leak, near_eval_leak, markup (template markup inside a
+    message), left_out (a message that the template does not show), pii_email, pii_phone, pii_card, pii_key."""
+    eval_findings: dict[str, Finding] = Field(default_factory=dict)
+    """The same, of evaluation data of its own."""
+    split: str = ""
+    """RULE-HASH of the held-out rows: equal exactly where the same rows are held out."""
+    cleaned: Cleaned | None = None
+    """How the data was cleaned (--dedupe, --redact-pii); `path` is then the cleaned copy."""
+    eval_cleaned: Cleaned | None = None
+    """The same, of evaluation data of its own."""
     packing: dict[int, float]
     """Candidate pack_length -> share of real tokens in padded micro-batches."""
     cache_key: str

@@ -116,7 +116,7 @@ def test_a_second_run_reuses_the_cache_and_does_not_tokenise(run, make_plan, cac
     assert [e["chosen"] for e in heard.of("choice")] == ["made"]
     progress = heard.of("progress")
     assert progress[-1]["done"] == progress[-1]["total"] == 40
-    monkeypatch.setattr(tokenise, "_encoded", None)  # would fail if anything were tokenised
+    monkeypatch.setattr(tokenise, "examine_file", None)  # would fail if anything were tokenised
     heard = Heard()
     second = run(plan, heard)
     assert [e["chosen"] for e in heard.of("choice")] == ["reused"]
