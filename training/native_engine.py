@@ -46,7 +46,9 @@ class NativeEngine:
             learning, betas=(plan.adam_beta1, plan.adam_beta2), eps=plan.adam_eps, weight_decay=plan.weight_decay,
             max_grad_norm=plan.max_grad_norm,
         )
-        self.graphs = TowerGraphs(model, self._optimiser.gradient_sums, plan.lora_dropout)
+        self.graphs = TowerGraphs(
+            model, self._optimiser.gradient_sums, 0.0 if plan.mode == "full" else plan.lora_dropout
+        )
         # A graph adds to gradients at fixed addresses.
         self._optimiser.keep_gradients = not self.graphs.objection
         model.train()

@@ -355,14 +355,16 @@ def step_bytes(spec: ModelSpec, policy: str, step: Step) -> StepBytes:
             # its own input is the kept stream, so it is not a tensor of the layer's recomputation
             most = max(layer.moments) - stream + stream * _held_inputs(spec, policy, i)
         moments.append(most + tied + (before or later))
-        # A graph's gradients leave it all at once, beside those they are added to.
-        graphed = max(graphed, most + everything + later)
+        # A graph adds a layer's gradients to their sums when it has all of them.
+        graphed = max(graphed, most + everything + layer.gradients // (2 if step.full else 1))
     if step.full:
         # The embedding's gradient comes last; tied, it meets the head's and both become a third.
         copies = 3 if spec.tie_word_embeddings and step.gradients_accumulate else 1
         moments.append(everything + copies * allocated(spec.vocab_size * spec.hidden_size * E) + stream)
-    # A graph's pool is its own, so the head finds no room in it; hidden states and their gradient stay for good.
-    graphed += max(head_forward, head_backward) + 2 * stream + wider * spec.layer_types.count("linear_attention")
+    # A graph's pool is its own, so the head finds no room in it; embeddings, hidden states and both their gradients
+    # stay for good. Nothing is wider for a layer that is computed again and given up.
+    wide_layers = spec.layer_types.count("linear_attention") if policy in ("none", "norms") else 1
+    graphed += max(head_forward, head_backward) + (4 if step.full else 3) * stream + wider * wide_layers
     return StepBytes(
         kept=kept_all, gradients=everything, peak=max(moments) + row, graphed=max(graphed, *moments) + row
     )

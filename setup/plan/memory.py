@@ -11,7 +11,8 @@ with, per parameter, e bytes of the compute type (bfloat16 2, float32 4, float64
     activations    on a GPU in bfloat16: setup/plan/activations.py, tensor by tensor as the fused kernels keep them
     and working    elsewhere (the CPU's references): `_layer_floats`, coarse, never calibrated
     workspaces     cuBLAS's: one for the forward's thread, one for the backward's
-    graphs         LoRA with little recomputed replays as CUDA graphs: the head's memory and the tower's no longer share
+    graphs         passes replay as CUDA graphs (no dropout): the head's memory and the tower's no longer share, and
+                   gradients stay allocated
     runtime        what the allocator does not count: context, kernels, the allocator's fragments
 
 `allocator_gib` is what torch.cuda.max_memory_allocated reports at the end of a step; lab/memory_sweep.py compares.
@@ -155,14 +156,18 @@ def predict_peak(
     weights, trained, gradients = _static_bytes(plan, spec, e)
     workspace = graphs = 0.0
     if machine.device == "cuda" and e == 2:
-        several = plan.gradient_accumulation != 1 or plan.optimizer != "adamw"
+        replays = plan.engine != "unsloth" and plan.optimizer == "adamw" and (
+            plan.mode == "full" or plan.lora_dropout == 0
+        )
+        # Gradients that graphs add to stay where they are.
+        several = replays or plan.gradient_accumulation != 1 or plan.optimizer != "adamw"
         step = _step(plan, machine, tokens, tokens if supervised is None else supervised, several=several)
         found = step_bytes(spec, policy, step)
         kept, working = float(found.kept), float(found.peak - found.kept - (found.gradients if several else 0))
         trained += gradients if several else 0
         if plan.engine == "unsloth":
             working += tokens * spec.vocab_size * _UNSLOTH_HEAD_BYTES
-        elif plan.mode != "full" and plan.lora_dropout == 0 and policy in ("none", "norms"):
+        elif replays:
             graphs = float(found.graphed - found.peak)
         workspace = 2.0 * _CUBLAS_WORKSPACE[(machine.capability or (0, 0))[0] >= 9]
     else:

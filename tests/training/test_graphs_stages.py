@@ -115,4 +115,5 @@ def test_a_row_of_more_documents_than_the_tables_hold_is_recorded_again(tiny_mod
     assert first.max_documents == 8
     found = engine.graphs.find(row([2] * 16, 0))
     assert found is engine.graphs._graphs[32] is not first
-    assert found is not None and found.max_documents == 24
+    assert found is not None
+    assert found.max_documents == 24

@@ -86,6 +86,18 @@ def test_unsloths_measured_peaks(policy: str, measured_gib: float) -> None:
     assert estimate.graphs_gib == 0.0
 
 
+@pytest.mark.parametrize("policy", ["none", "norms", "layer", "all"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_graphs_cost_a_pool_of_their_own_and_dropout_goes_without(mode: str, policy: str) -> None:
+    spec = spec_from_config(CATALOGUE["Qwen/Qwen3.5-2B"], "Qwen/Qwen3.5-2B")
+    plan = Plan(mode=mode, lora_r=128, gradient_accumulation=2, recompute=policy)
+    replayed = predict_peak(plan, spec, H200, tokens=5376, longest=5376, supervised=1882)
+    assert 0.2 < replayed.graphs_gib < 4.0
+    if mode == "lora":
+        plan = plan.model_copy(update={"lora_dropout": 0.1})
+        assert predict_peak(plan, spec, H200, tokens=5376, longest=5376).graphs_gib == 0.0
+
+
 def test_the_allocator_rounds() -> None:
     mib = 2**20
     assert allocated(1) == 512
