@@ -268,7 +268,8 @@ def _announce_time(plan: Plan, run: RunDir, analysis: Analysis, display: Display
             raise
         display.say(strings.CALIBRATION_FAILED, "warning")
         return
-    display.console.print(eta_table(run_eta(plan, spec, report, machine, read_calibration(run.root)), plan, spec, report))
+    eta = run_eta(plan, spec, report, machine, read_calibration(run.root))
+    display.console.print(eta_table(eta, plan, spec, report))
 
 
 def resume_pipeline(

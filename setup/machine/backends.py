@@ -23,7 +23,9 @@ from sparktune.setup.plan.schema import Plan
 if TYPE_CHECKING:
     from sparktune.setup.machine.docker_backend import ImageOptions
 
-__all__ = ["MODULES", "TRAINING", "Backend", "LocalBackend", "StopSignals", "chat_process", "choose_backend", "program_root"]
+__all__ = [
+    "MODULES", "TRAINING", "Backend", "LocalBackend", "StopSignals", "chat_process", "choose_backend", "program_root",
+]
 
 _POLL_S = 0.1
 MODULES = {
