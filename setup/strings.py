@@ -19,6 +19,7 @@ STAGES = {
     "gguf": "Export GGUF",
     "evaluate": "Evaluate",
     "report": "Write the report",
+    "calibrate": "Time some steps",
 }
 CHOICE = "{what}: {chosen} ({reason})"
 
