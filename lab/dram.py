@@ -2,8 +2,8 @@
 
 usage: python -m lab.dram VARIANT [--size 2B] [--lengths 5376] [--accum 1] [--csv FILE]
 
-Starts itself under `ncu`: the inner process warms up, then runs one step between cudaProfilerStart and Stop, operator by
-operator (a replayed graph launches the same kernels). Caches and clocks are left as they are, so what the L2 cache keeps
+Starts itself under `ncu`: the inner process warms up, then runs one step between cudaProfilerStart and Stop, operator
+by operator (a replayed graph launches the same kernels). Caches and clocks are left as they are, so what the L2 keeps
 is not counted. Where ncu is missing or may not count, exits 3 with its reason; then bytes are counted from tensors
 (lab/profile.py), for every engine the same way.
 """
