@@ -7,7 +7,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -21,8 +21,12 @@ from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, Plan, Recommendation
 
+if TYPE_CHECKING:
+    from sparktune.setup.outlook import Outlook  # stands on the pipeline, which shows these cards
+
 __all__ = [
-    "checks_table", "first_and_last_loss", "next_steps", "plan_table", "report_tables", "result_table", "size_of",
+    "checks_table", "first_and_last_loss", "next_steps", "outlook_table", "plan_table", "report_tables", "result_table",
+    "size_of",
 ]
 
 _ALWAYS = ("model", "data", "mode", "engine", "num_epochs", "eval_split", "max_seq_length", "mtp", "gguf", "backend")
@@ -106,6 +110,17 @@ def plan_table(plan: Plan, recommendations: Sequence[Recommendation], width: int
                 table.add_row(flag_of(field), Text.assemble(f"{value}  ({origin})", (why, "dim")))
             else:
                 table.add_row(flag_of(field), escape(value), origin, escape(reason))
+    return table
+
+
+def outlook_table(found: Outlook) -> Table:
+    """Shows what a plan would take and what stands against it."""
+    table = _table("", "", "")
+    table.title, table.show_header = None, False
+    for what, sentence in found.lines:
+        table.add_row(Text(what, "dim"), escape(sentence))
+    for sentence in found.refusals:
+        table.add_row(Text(strings.BLOCKED, "bold red"), escape(sentence))
     return table
 
 

@@ -19,7 +19,8 @@ from sparktune.setup import strings
 from sparktune.setup.arguments import Arguments, parse
 from sparktune.setup.cards import checks_table, first_and_last_loss, plan_table, report_tables
 from sparktune.setup.machine.backends import chat_process
-from sparktune.setup.machine.doctor import failures, run_checks
+from sparktune.setup.machine.detect import detect_machine
+from sparktune.setup.machine.doctor import failures, machine_checks, run_checks
 from sparktune.setup.pipeline import (
     Analysis,
     StageFailed,
@@ -103,13 +104,15 @@ def _doctor(session: _Session) -> int:
     return ExitCode.PREFLIGHT if failed else ExitCode.OK
 
 
-def _with_analysis(session: _Session, work: Callable[[Plan, Analysis], None]) -> int:
-    """Analyses the data, hands the analysis to `work`, and leaves no run behind."""
-    plan = session.plan()
-    _require(plan, f"`{session.arguments.command}`")
-    display = make_display(session.messages, session.arguments.plain)
-    with stop_signals(display) as stop:
-        analysis = analyse(plan, display, stop, image=session.arguments.image)
+def _with_analysis(
+    session: _Session, work: Callable[[Plan, Analysis], None], plan: Plan, analysis: Analysis | None = None
+) -> int:
+    """Analyses the data if that is not done yet, hands the analysis to `work`, and leaves no run behind."""
+    if analysis is None:
+        _require(plan, f"`{session.arguments.command}`")
+        display = make_display(session.messages, session.arguments.plain)
+        with stop_signals(display) as stop:
+            analysis = analyse(plan, display, stop, image=session.arguments.image)
     try:
         work(plan, analysis)
     finally:
@@ -124,10 +127,16 @@ def _analyze(session: _Session) -> int:
         else:
             session.data.print(report_tables(analysis.report))
 
-    return _with_analysis(session, show)
+    return _with_analysis(session, show, session.plan())
 
 
 def _plan(session: _Session) -> int:
+    return _plan_of(session, session.plan(), None)
+
+
+def _plan_of(session: _Session, asked: Plan, made: Analysis | None) -> int:
+    """Shows the complete plan of what was asked for; nothing is run."""
+
     def show(plan: Plan, analysis: Analysis) -> None:
         check_name_free(plan)
         plan, recommendations = decide(plan, analysis)
@@ -148,7 +157,7 @@ def _plan(session: _Session) -> int:
         session.data.print(escape(f"memory: {estimate.describe()}"), highlight=False, soft_wrap=True)
         session.data.print(escape(strings.REPLAY.format(command=replay_command(plan))), highlight=False, soft_wrap=True)
 
-    return _with_analysis(session, show)
+    return _with_analysis(session, show, asked, made)
 
 
 def _runs_in(results: Path) -> list[Path]:
@@ -239,36 +248,39 @@ def _save_answers(answers: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(answers, allow_unicode=True), encoding="utf-8")
 
 
-def _wizard(session: _Session) -> int:
+def _wizard(session: _Session) -> tuple[Plan, Analysis] | None:
+    """Asks for the plan. Returns it with the analysis of its data, or None when the user left (answers are kept)."""
     # questionary takes a third of a second to import, which only the wizard pays
     from sparktune.setup.ask import Asker, PlainAsker, TerminalAsker
+    from sparktune.setup.outlook import outlook
+    from sparktune.setup.preview import previews
     from sparktune.setup.wizard import LeftWizard, Wizard
 
     arguments = session.arguments
     display = make_display(session.messages, arguments.plain)
-    asker: Asker = PlainAsker() if arguments.plain or session.messages.is_dumb_terminal else TerminalAsker()
+    plain = arguments.plain or session.messages.is_dumb_terminal
+    asker: Asker = PlainAsker() if plain else TerminalAsker(console=session.messages)
 
     def read(plan: Plan) -> Analysis:
         with stop_signals(display) as stop:
-            analysis = analyse(plan, display, stop, image=arguments.image)
-        session.messages.print(report_tables(analysis.report))
-        return analysis
+            return analyse(plan, display, stop, image=arguments.image)
 
     wizard = Wizard(
-        asker=asker, flags=arguments.flags, config=session.config, env=os.environ, analyse=read,
-        answers=_saved_answers(),
+        asker=asker, flags=arguments.flags, config=session.config, env=os.environ, analyse=read, saved=_saved_answers(),
+        machine=lambda plan: detect_machine(plan.device, plan.output), checks=machine_checks, previews=previews,
+        outlook=outlook,
     )
     try:
         plan = wizard.run()
-    except (KeyboardInterrupt, LeftWizard):
-        _save_answers(wizard.answers)
+    except (KeyboardInterrupt, LeftWizard, StageFailed) as left:
+        _save_answers({**wizard.saved, **wizard.answers})
         session.messages.print(strings.ANSWERS_SAVED, highlight=False)
-        return ExitCode.INTERRUPTED
+        if isinstance(left, StageFailed):
+            raise
+        return None
     _answers_file().unlink(missing_ok=True)
-    return run_pipeline(
-        plan, console=session.messages, plain=arguments.plain, json_out=arguments.json_out, analysis=wizard.analysis,
-        image=arguments.image,
-    )
+    assert wizard.analysis is not None
+    return plan, wizard.analysis
 
 
 def _run(session: _Session) -> int:
@@ -276,19 +288,21 @@ def _run(session: _Session) -> int:
     if arguments.demo:
         from sparktune.setup.demo import run_demo
 
-        return run_demo(
-            session.plan(), console=session.messages, plain=arguments.plain, json_out=arguments.json_out,
-            image=arguments.image,
-        )
-    if arguments.dry_run:
-        return _plan(session)
-    plan = session.plan()
+        return run_demo(session.plan(), console=session.messages, plain=arguments.plain, json_out=arguments.json_out)
+    plan, analysis = session.plan(), None
     why = _why_not_ask(arguments)
     if why is None and not (arguments.yes and plan.data is not None):
-        return _wizard(session)
-    _require(plan, why or "--yes")
+        answered = _wizard(session)
+        if answered is None:
+            return ExitCode.INTERRUPTED
+        plan, analysis = answered
+    else:
+        _require(plan, why or "--yes")
+    if arguments.dry_run:
+        return _plan_of(session, plan, analysis)
     return run_pipeline(
-        plan, console=session.messages, plain=arguments.plain, json_out=arguments.json_out, image=arguments.image
+        plan, console=session.messages, plain=arguments.plain, json_out=arguments.json_out, analysis=analysis,
+        image=arguments.image,
     )
 
 

@@ -94,23 +94,57 @@ CHAT_NO_MODEL = "{path} holds no merged model. Finish the run first: ./run.sh re
 CHAT_PROMPT = "you> "
 
 # -- wizard
-WELCOME = "sparktune. Arrow keys and Enter choose; Ctrl-C keeps your answers and leaves."
-ASK_MODEL = "Which model?"
-ASK_MODEL_CUSTOM = "Folder or hub id of the model:"
-MODEL_CUSTOM = "another model (folder or hub id)"
-MODEL_NOTES = {
-    "Qwen/Qwen3.5-0.8B": "smallest; quick experiments",
-    "Qwen/Qwen3.5-2B": "recommended first choice",
-    "Qwen/Qwen3.5-4B": "better answers, about twice the time",
-    "Qwen/Qwen3.5-9B": "LoRA in bf16 fits a Spark",
-    "Qwen/Qwen3.5-27B": "LoRA only; slow",
+WELCOME = "sparktune. Arrow keys and Enter choose, Escape goes back, Ctrl-C keeps your answers and leaves."
+SCREENS = {
+    "machine": "This machine", "model": "Model", "data": "Data", "lengths": "Lengths", "plan": "Recommended plan",
+    "review": "Review",
 }
+KEYS = "(arrows, Enter)"
+KEYS_BACK = "(arrows, Enter; Esc: back)"
+KEYS_MANY = "(Space ticks, Enter takes; Esc: back)"
+GO_ON = "Go on"
+CHANGE = "Change"
+LEAVE = "Leave"
+CHECK_AGAIN = "Check again"
+CHECKS_WELL = "well"
+NO_GPU = "none; the CPU trains (small models only)"
+SHARED = ", shared by GPU and CPU"
+MACHINE_READY = "Ready?"
+MACHINE_BLOCKED = "What is marked X must be repaired first."
+SAVED_ANSWERS = "Answers of an earlier session are offered again: {answers}."
+FORGET_SAVED = "Forget the earlier answers"
+ASK_MODEL = "Which model?"
+ASK_MODEL_CUSTOM = "Folder or hub id of the model (Tab completes folders):"
+MODEL_CUSTOM = "another model (folder or hub id)"
+FITS, TIGHT, TOO_BIG = "fits", "tight", "needs"
+SPEEDS = "Speeds in tokens a second: {reason}."
+SPEEDS_NONE = "Speeds: nothing is known of this chip yet."
+BADGES = "Memory in GiB (G), estimated; tight: with recomputation and short packs only."
+NATIVE_YES = "native: packs without leaks, fused kernels where there are any for the device"
+NATIVE_NO = "Unsloth only: {reason}"
+MULTIMODAL = " (in a multimodal checkpoint; the text tower is trained)"
+ASK_UNKNOWN = "The native engine does not know {kind!r}; Unsloth would have to train it. Take this model?"
+UNKNOWN_TAKE = "Yes, with Unsloth"
+UNKNOWN_OTHER = "No"
 ASK_DATA = "Training data (a JSONL file; Tab completes):"
 DATA_MISSING = "There is no file {path}."
 DATA_NOT_FILE = "{path} is a folder; give a JSONL file."
 DATA_EMPTY = "{path} is empty."
 DATA_UNREADABLE = "{path} cannot be read."
-DATA_NOT_JSON = "Line {line} of {path} is not JSON; each line must hold one example."
+PREVIEW = "Line {line} ({format}) as the model sees it, {tokens:,} tokens:"
+PREVIEW_LEARNED = "{learned:,} learned ({share:.0%})"
+PREVIEW_MARKS = "(between {begin} and {end})"
+LEARNED_MARKS = ("»", "«")
+ASK_PREVIEW = "Is this what shall be learned?"
+ANOTHER_ROW = "Show another row"
+NO_MORE_ROWS = "There is no further row."
+ASK_LENGTHS = "Lengths right?"
+OVER_NONE = "none above --max-seq-length {limit:,}"
+OVER_DROPPED = "{count:,} rows left out, above --max-seq-length {limit:,}"
+OVER_CUT = "{count:,} rows cut at --max-seq-length {limit:,}"
+ASK_PLAN = "Take this plan?"
+TAKE_PLAN = "Take it"
+ASK_ONE_BY_ONE = "Ask me about each: method, epochs, evaluation, MTP head, GGUF, name"
 ASK_MODE = "Which method?"
 MODES = {
     "lora": "LoRA: small adapters on the frozen model",
@@ -128,16 +162,27 @@ ASK_GGUF = "Which GGUF files?"
 GGUFS = {"q8_0": "8 bits, next to no loss", "bf16": "16 bits, exact"}
 ASK_NAME = "Name of the run (empty: method and time):"
 ASK_REVIEW = "Everything right? Choose a line to change it."
+REVIEW_BLOCKED = "This cannot run yet (see above). Choose a line to change it."
 REVIEW_RUN = "Run it"
+REVIEW_OTHER = "Change another setting"
 REVIEW_QUIT = "Leave (answers are kept)"
+ASK_OTHER = "Which setting?"
+OUTLOOK_STEPS = "{steps:,} optimiser steps"
+OUTLOOK_DISK = "{need:.1f} GiB written ({parts}); {free:.0f} GiB free"
+OUTLOOK_TIME = "{low} to {high}, likely {likely} (training: {why})"
+OUTLOOK_NO_TIME = "not known: {why}"
+BLOCKED = "cannot run"
+ORIGINS = {
+    "flag": "given", "environment": "environment", "config": "config file", "saved": "earlier answer",
+    "recommendation": "recommended", "default": "default",
+}
 BACK = "back"
-BACK_HINT = " (< goes back)"
+BACK_HINT = "(< goes back)"
 PLAIN_NUMBER = "Number from 1 to {count}:"
 PLAIN_NUMBERS = "Numbers from 1 to {count}, commas between (0 for none):"
 RECOMMENDED = "Recommended: {value}, because: {reason}"
 MARKED = "(recommended)"
 ANSWERED = "your answer"
-BAD_ANSWER = "Give {allowed}."
 OPEN_NAME = "method and time"
 NOTHING = "none"
 

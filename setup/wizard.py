@@ -1,41 +1,59 @@
-"""The wizard: questions only. It ends with a plan that was reviewed line by line; the pipeline does the rest."""
+"""The wizard: one state machine over its screens. It ends with a plan that was reviewed line by line.
+
+    machine -> model -> data -> lengths -> plan -> review
+
+A screen returns where to go: forward, back, again, or out. A screen whose answers were all given as flags shows what it
+knows and asks nothing; going back passes it by. What the plan is follows from flags, environment, config, saved answers
+and recommendations alone (setup/plan/config.py), so a run without a wizard makes the same plan from the same answers.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from sparktune.setup import strings
 from sparktune.setup.ask import BACK, Asker, Option
-from sparktune.setup.cards import show_value
+from sparktune.setup.badges import model_options
+from sparktune.setup.cards import outlook_table, plan_table, report_tables, show_value
+from sparktune.setup.machine.doctor import Check, failures
+from sparktune.setup.outlook import Outlook
 from sparktune.setup.pipeline import Analysis, StageFailed, check_name_free, decide
 from sparktune.setup.plan.config import resolve
 from sparktune.setup.plan.errors import SparktuneError, UsageError
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.models import CATALOGUE, probe
-from sparktune.setup.plan.schema import Plan, Recommendation
+from sparktune.setup.plan.schema import Machine, ModelSpec, Plan, Recommendation
+from sparktune.setup.preview import Preview
+from sparktune.setup.replay import replay_command
+from sparktune.setup.screens import heading, length_screen, machine_screen, model_card, preview_screen
 
-__all__ = ["LeftWizard", "Wizard"]
+__all__ = ["SCREENS", "LeftWizard", "Wizard", "check_data"]
 
-_CUSTOM = "\0custom"
-_RUN, _QUIT = "\0run", "\0quit"
-_BEFORE_DATA = ("model", "data")
-_AFTER_DATA = ("mode", "num_epochs", "eval_split", "mtp", "gguf", "name")
+SCREENS = ("machine", "model", "data", "lengths", "plan", "review")
+"""The screens in their order; each is a method `_NAME_screen` of the wizard and a title in strings.SCREENS."""
+_CUSTOM, _RUN, _QUIT, _OTHER = "\0custom", "\0run", "\0quit", "\0other"
+_QUESTIONS = ("mode", "num_epochs", "eval_split", "mtp", "gguf", "name")
+"""Asked one by one where the recommended plan is not taken as it is."""
+_REVIEWED = ("model", "data", *_QUESTIONS)
 _ANALYSED = (
     "model", "data", "eval_data", "eval_split", "text_field", "thinking", "max_seq_length", "over_length",
     "bad_row_limit", "results", "output",
 )
 """Fields whose change makes the analysis out of date."""
+_OPEN = ("default", "saved", "recommendation")
+"""Origins of values that a question may still change: nobody has said them in this session."""
+Step = Literal["next", "back", "again", "skip"]
+"""Where a screen leads; skip: nothing was asked, go on in the direction one came from."""
 
 
 class LeftWizard(Exception):
-    """The user left on the review screen."""
+    """The user chose to leave."""
 
 
 def check_data(typed: str) -> str | None:
@@ -47,15 +65,10 @@ def check_data(typed: str) -> str | None:
         return strings.DATA_NOT_FILE.format(path=typed)
     try:
         with path.open("rb") as file:
-            number, line = next(((n, row) for n, row in enumerate(file, 1) if row.strip()), (0, b""))
+            if not any(row.strip() for row in file):
+                return strings.DATA_EMPTY.format(path=typed)
     except OSError:
         return strings.DATA_UNREADABLE.format(path=typed)
-    if not number:
-        return strings.DATA_EMPTY.format(path=typed)
-    try:
-        json.loads(line.decode("utf-8-sig"))
-    except ValueError:
-        return strings.DATA_NOT_JSON.format(path=typed, line=number)
     return None
 
 
@@ -77,6 +90,15 @@ def _literals(name: str) -> list[str] | None:
     return [str(a) for a in typing.get_args(kind)] if typing.get_origin(kind) is Literal else None
 
 
+def _typed(value: Any) -> str:
+    """Returns a value as one would type it."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else os.fspath(value) if isinstance(value, Path) else str(value)
+
+
 @dataclass(kw_only=True)
 class Wizard:
     """Asks what is open, shows everything for review, and returns the plan."""
@@ -88,74 +110,224 @@ class Wizard:
     env: Mapping[str, str]
     analyse: Callable[[Plan], Analysis]
     """Reads the data. May raise StageFailed or SparktuneError, which leads back to the data question."""
+    machine: Callable[[Plan], Machine]
+    """Looks at the machine."""
+    checks: Callable[[Plan], list[Check]]
+    """The doctor's checks of the machine."""
+    previews: Callable[[Plan, ModelSpec], Iterator[Preview]]
+    """Rows as training sees them."""
+    outlook: Callable[[Plan, Analysis], Outlook]
+    """What a complete plan would take, and what stands against it."""
+    saved: dict[str, Any] = field(default_factory=dict)
+    """Answers of an earlier session that was left."""
     answers: dict[str, Any] = field(default_factory=dict)
-    """Answers so far; filled with saved ones by the caller, saved again by it when the user leaves."""
+    """Answers of this session; saved by the caller when the user leaves."""
     analysis: Analysis | None = None
     recommendations: list[Recommendation] = field(default_factory=list)
     _given: dict[str, Any] = field(default_factory=dict)
-    """Answers of this session: they count as flags. Those of an earlier session are only defaults."""
+    """Those of the answers that differ from what they would be without: they count as flags."""
     _analysed: dict[str, Any] | None = None
+    _seen: Machine | None = None
+    _confirmed: str | None = None
+    """The model of unknown architecture that the user agreed to."""
 
     def plan(self) -> Plan:
         """Returns the plan as answered so far, open values recommended once the data is known."""
-        plan = resolve({**self.flags, **self._given}, self.config, self.env, {})
+        plan = self._bare_plan()
         if self.analysis is not None:
             plan, self.recommendations = decide(plan, self.analysis)
         return plan
 
+    def _bare_plan(self) -> Plan:
+        return resolve({**self.flags, **self._given}, self.config, self.env, self.saved)
+
     def run(self) -> Plan:
-        """Asks everything and returns the reviewed plan; `analysis` holds what its data is.
+        """Goes through the screens and returns the reviewed plan; `analysis` holds what its data is.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C.
+            KeyboardInterrupt: Ctrl-C, or the end of the input.
             LeftWizard: the user chose to leave.
             UsageError: flags or config contradict each other.
         """
         self.asker.tell(strings.WELCOME)
+        at, direction = 0, 1
         try:
-            while True:
-                self._walk(_BEFORE_DATA, first=True)
-                if self._read_data() and self._walk(_AFTER_DATA, first=False):
-                    return self._review()
+            while at < len(SCREENS):
+                name = SCREENS[at]
+                self.asker.show(heading(at + 1, len(SCREENS), strings.SCREENS[name]))
+                step: Step = getattr(self, f"_{name}_screen")(at > 0)
+                if step == "again":
+                    continue
+                direction = {"next": 1, "back": -1, "skip": direction}[step]
+                at += direction
+            return self.plan()
         except BaseException:
             if self.analysis is not None:
                 self.analysis.discard()
             raise
 
-    def _open(self, name: str) -> bool:
-        origin = resolve(self.flags, self.config, self.env, {}).origins[name]
-        return origin == "default"
+    def _is_open(self, name: str) -> bool:
+        return resolve(self.flags, self.config, self.env, self.saved).origins[name] in _OPEN
 
-    def _walk(self, names: tuple[str, ...], first: bool) -> bool:
-        """Asks the open ones of `names` in order. Returns False when the user goes back past the first of them."""
-        steps = [n for n in names if self._open(n)]
-        at = 0
-        while at < len(steps):
-            can_go_back = at > 0 or (not first and any(self._open(n) for n in _BEFORE_DATA))
-            if self.ask(steps[at], back=can_go_back):
-                at += 1
-            elif at == 0:
-                return False
-            else:
-                at -= 1
+    # -- the screens
+
+    def _machine_screen(self, back: bool) -> Step:
+        plan = self._bare_plan()
+        self._seen = self.machine(plan)
+        checks = self.checks(plan)
+        self.asker.show(machine_screen(self._seen, checks))
+        failed = failures(checks)
+        options: list[Option] = [] if failed else [("next", strings.GO_ON)]
+        options.append(("again", strings.CHECK_AGAIN))
+        if self.saved:
+            self.asker.tell(strings.SAVED_ANSWERS.format(
+                answers=", ".join(f"{flag_of(n)} {show_value(v)}" for n, v in self.saved.items())
+            ))
+            options.append(("forget", strings.FORGET_SAVED))
+        options.append((_QUIT, strings.LEAVE))
+        picked = self.asker.choose(strings.MACHINE_BLOCKED if failed else strings.MACHINE_READY, options, None, back)
+        if picked == _QUIT:
+            raise LeftWizard
+        if picked == "forget":
+            self.saved = {}
+        return "next" if picked == "next" else "again"
+
+    def _model_screen(self, back: bool) -> Step:
+        asked = self._is_open("model")
+        if asked and not self.ask("model", back):
+            return "back"
+        spec = probe(self._bare_plan().model)
+        self.asker.show(model_card(spec))
+        if spec.native or self._confirmed == spec.source:
+            return "next" if asked else "skip"
+        options: list[Option] = [("yes", strings.UNKNOWN_TAKE), ("no", strings.UNKNOWN_OTHER)]
+        picked = self.asker.choose(strings.ASK_UNKNOWN.format(kind=spec.model_type), options, "no", back)
+        if picked == "yes":
+            self._confirmed = spec.source
+            return "next"
+        if asked:
+            return "again"
+        raise LeftWizard  # a flag named the model: there is nothing else to choose here
+
+    def _data_screen(self, back: bool) -> Step:
+        if self._is_open("data") and not self.ask("data", back):
+            return "back"
+        if not self._read_data():
+            return "again"
+        assert self.analysis is not None
+        self.asker.show(report_tables(self.analysis.report))
+        rows = self.previews(self._bare_plan(), self.analysis.spec)
+        more = self._preview(rows)
+        while True:
+            options: list[Option] = [("next", strings.GO_ON)]
+            options += [("more", strings.ANOTHER_ROW)] if more else []
+            picked = self.asker.choose(strings.ASK_PREVIEW, options, "next", back)
+            if picked == BACK:
+                return "again" if self._is_open("data") else "back"
+            if picked == "next":
+                return "next"
+            more = self._preview(rows)
+
+    def _preview(self, rows: Iterator[Preview]) -> bool:
+        """Shows the next row. Returns False when there is none."""
+        row = next(rows, None)
+        if row is None:
+            self.asker.tell(strings.NO_MORE_ROWS)
+            return False
+        self.asker.show(preview_screen(row, self.asker.colours))
         return True
+
+    def _lengths_screen(self, back: bool) -> Step:
+        assert self.analysis is not None
+        plan = self._bare_plan()
+        self.asker.show(length_screen(self.analysis.report, plan.max_seq_length, self.asker.width))
+        options: list[Option] = [("next", strings.GO_ON)]
+        options += [
+            (name, f"{strings.CHANGE} {flag_of(name)} ({show_value(getattr(plan, name))})")
+            for name in ("max_seq_length", "over_length")
+        ]
+        picked = self.asker.choose(strings.ASK_LENGTHS, options, "next", back)
+        if picked == BACK:
+            return "back"
+        if picked == "next":
+            return "next"
+        self._edit(picked)
+        return "again"
+
+    def _plan_screen(self, back: bool) -> Step:
+        plan = self.plan()
+        self.asker.show(plan_table(plan, self.recommendations, self.asker.width))
+        options: list[Option] = [("next", strings.TAKE_PLAN), ("ask", strings.ASK_ONE_BY_ONE)]
+        picked = self.asker.choose(strings.ASK_PLAN, options, "next", back)
+        if picked == BACK:
+            return "back"
+        if picked == "next":
+            return "next"
+        self._walk(_QUESTIONS)
+        return "again"
+
+    def _walk(self, names: tuple[str, ...]) -> None:
+        """Asks for `names` in order; back goes to the question before, and from the first to the plan."""
+        at = 0
+        while 0 <= at < len(names):
+            at += 1 if self._edit(names[at]) else -1
+
+    def _review_screen(self, back: bool) -> Step:
+        """Shows every value that was chosen, by whomever, and lets any of them be changed."""
+        assert self.analysis is not None
+        plan = self.plan()
+        found = self.outlook(plan, self.analysis)
+        self.asker.show(outlook_table(found))
+        self.asker.tell(strings.REPLAY.format(command=replay_command(plan)), whole=True)
+        names = [*_REVIEWED, *(n for n in Plan.model_fields
+                               if n not in _REVIEWED and plan.origins.get(n, "default") != "default")]
+        options: list[Option] = [] if found.refusals else [(_RUN, strings.REVIEW_RUN)]
+        options += [self._line(name, plan, max(len(flag_of(n)) for n in names)) for name in names]
+        options += [(_OTHER, strings.REVIEW_OTHER), (_QUIT, strings.REVIEW_QUIT)]
+        question = strings.REVIEW_BLOCKED if found.refusals else strings.ASK_REVIEW
+        picked = self.asker.choose(question, options, _RUN, back)
+        if picked == BACK:
+            return "back"
+        if picked == _QUIT:
+            raise LeftWizard
+        if picked == _RUN:
+            return "next"
+        if picked == _OTHER:
+            others: list[Option] = [
+                (n, f"{flag_of(n):<26} {show_value(getattr(plan, n))}") for n, info in Plan.model_fields.items()
+                if n not in names and typing.cast(dict[str, Any], info.json_schema_extra or {}).get("flags") is not None
+                and typing.cast(dict[str, Any], info.json_schema_extra).get("surface") != "train"
+            ]
+            picked = self.asker.choose(strings.ASK_OTHER, others, None, back=True)
+        if picked != BACK:
+            self._edit(picked)
+        return "again"
+
+    def _line(self, name: str, plan: Plan, width: int) -> Option:
+        value = getattr(plan, name)
+        shown = strings.OPEN_NAME if name == "name" and value is None else show_value(value)
+        why = strings.ANSWERED if name in self._given else strings.ORIGINS[plan.origins[name]]
+        return name, [("", f"{flag_of(name):<{width}}  {shown}"), ("class:faint", f"  {why}")]
+
+    # -- the data
 
     def _read_data(self) -> bool:
         """Analyses the data if that is not done for these answers. Returns False when the data must be asked again."""
-        plan = resolve({**self.flags, **self._given}, self.config, self.env, {})
+        plan = self._bare_plan()
         wanted = plan.model_dump(include=set(_ANALYSED))
         if self.analysis is not None and self._analysed == wanted:
             return True
         if self.analysis is not None:
             self.analysis.discard()
             self.analysis = None
+        can_ask_again = self._is_open("data")
         try:
             self.analysis = self.analyse(plan)
         except StageFailed as failure:
-            if failure.code == 130 or not any(self._open(n) for n in _BEFORE_DATA):
+            if failure.code == 130 or not can_ask_again:
                 raise
         except SparktuneError as error:
-            if not any(self._open(n) for n in _BEFORE_DATA):
+            if not can_ask_again:
                 raise
             self.asker.tell(str(error))
         else:
@@ -163,15 +335,25 @@ class Wizard:
             return True
         return False
 
+    def _edit(self, name: str) -> bool:
+        """Asks for one field; an answer that makes the data unreadable is taken back. Returns False for back."""
+        kept = dict(self._given)
+        if not self.ask(name, back=True):
+            return False
+        if name == "model":
+            self.asker.show(model_card(probe(self._bare_plan().model)))
+        if name in _ANALYSED and self.analysis is not None and not self._read_data():
+            self._given = kept  # the sentence that says why has been shown
+            self._read_data()
+        return True
+
     # -- questions
 
     def ask(self, name: str, back: bool) -> bool:
         """Asks for one field and keeps the answer. Returns False for "back"."""
         plan = self.plan()
         special = {"model": self._ask_model, "data": self._ask_data, "gguf": self._ask_gguf, "name": self._ask_name}
-        chosen = {
-            "mode": (strings.ASK_MODE, strings.MODES), "mtp": (strings.ASK_MTP, strings.MTPS),
-        }
+        chosen = {"mode": (strings.ASK_MODE, strings.MODES), "mtp": (strings.ASK_MTP, strings.MTPS)}
         if name in special:
             answer: Any = special[name](plan, back)
         elif name in chosen:
@@ -184,18 +366,12 @@ class Wizard:
         return True
 
     def _keep(self, name: str, answer: Any, plan: Plan) -> None:
-        """Keeps an answer; agreeing with a recommendation or default leaves its origin, and so its reason, alone."""
+        """Keeps an answer; agreeing with what is there anyway leaves its origin, and so its reason, alone."""
         self.answers[name] = answer
-        meant = getattr(resolve({name: answer}, {}, {}, {}), name)
-        if meant == getattr(plan, name) and plan.origins[name] in ("recommendation", "default"):
+        if getattr(resolve({name: answer}, {}, {}, {}), name) == getattr(plan, name) and plan.origins[name] in _OPEN:
             self._given.pop(name, None)
         else:
             self._given[name] = answer
-
-    def _default(self, name: str, plan: Plan) -> Any:
-        if name not in self._given and name in self.answers and plan.origins[name] == "default":
-            return self.answers[name]
-        return getattr(plan, name)
 
     def _reason(self, name: str) -> str:
         found = [r for r in self.recommendations if r.field == name]
@@ -208,35 +384,34 @@ class Wizard:
             self.asker.tell(reason)
         recommended = next((str(r.value) for r in self.recommendations if r.field == name), None)
         options: list[Option] = [(v, t + (f" {strings.MARKED}" if v == recommended else "")) for v, t in words.items()]
-        return self.asker.choose(question, options, str(self._default(name, plan)), back)
+        return self.asker.choose(question, options, str(getattr(plan, name)), back)
 
     def _ask_model(self, plan: Plan, back: bool) -> str:
-        default = str(self._default("model", plan))
-        options: list[Option] = [
-            (m, f"{m}: {strings.MODEL_NOTES[m]}" if m in strings.MODEL_NOTES else m) for m in CATALOGUE
-        ]
-        options.append((_CUSTOM, strings.MODEL_CUSTOM))
-        answer = self.asker.choose(strings.ASK_MODEL, options, default if default in CATALOGUE else _CUSTOM, back)
-        if answer != _CUSTOM:
-            return answer
-        typed = self.asker.text(
-            strings.ASK_MODEL_CUSTOM, "" if default in CATALOGUE else default, _check_model, back=True, path=True
-        )
-        return self._ask_model(plan, back) if typed == BACK else typed
+        machine = self._seen or self.machine(plan)
+        sizes, about = model_options(machine)
+        self.asker.tell(about)
+        options = [*sizes, (_CUSTOM, strings.MODEL_CUSTOM)]
+        default = plan.model if plan.model in CATALOGUE else _CUSTOM
+        while True:
+            answer = self.asker.choose(strings.ASK_MODEL, options, default, back)
+            if answer != _CUSTOM:
+                return answer
+            before = "" if plan.model in CATALOGUE else plan.model
+            typed = self.asker.text(strings.ASK_MODEL_CUSTOM, before, _check_model, back=True, paths="folders")
+            if typed != BACK:
+                return typed
+            default = _CUSTOM
 
     def _ask_data(self, plan: Plan, back: bool) -> str:
-        default = self._default("data", plan)
-        typed = self.asker.text(
-            strings.ASK_DATA, os.fspath(default) if default else "", check_data, back=back, path=True
-        )
+        default = os.fspath(plan.data) if plan.data else ""
+        typed = self.asker.text(strings.ASK_DATA, default, check_data, back=back, paths="files")
         return typed if typed == BACK else os.path.abspath(Path(typed).expanduser())
 
     def _ask_gguf(self, plan: Plan, back: bool) -> Any:
-        default = self._default("gguf", plan)
         options: list[Option] = [(v, f"{v}: {t}") for v, t in strings.GGUFS.items()]
         # what a flag asked for stays on offer
-        options += [(v, v) for v in default if v not in strings.GGUFS]
-        picked = self.asker.choose_many(strings.ASK_GGUF, options, default, back)
+        options += [(v, v) for v in plan.gguf if v not in strings.GGUFS]
+        picked = self.asker.choose_many(strings.ASK_GGUF, options, plan.gguf, back)
         return BACK if picked == [BACK] else picked
 
     def _ask_name(self, plan: Plan, back: bool) -> Any:
@@ -247,7 +422,7 @@ class Wizard:
                 return str(error)
             return None
 
-        typed = self.asker.text(strings.ASK_NAME, str(self._default("name", plan) or ""), check, back)
+        typed = self.asker.text(strings.ASK_NAME, plan.name or "", check, back)
         return typed or None
 
     def _ask_field(self, name: str, plan: Plan, back: bool) -> str:
@@ -258,47 +433,15 @@ class Wizard:
         if reason := self._reason(name):
             self.asker.tell(reason)
         words = _literals(name)
-        current = self._default(name, plan)
+        current = getattr(plan, name)
         if words is not None:
             return self.asker.choose(question, [(w, w) for w in words], str(current).lower(), back)
 
         def check(typed: str) -> str | None:
             try:
-                resolve({**self.flags, **self._given, name: typed or None}, self.config, self.env, {})
+                resolve({**self.flags, **self._given, name: typed or None}, self.config, self.env, self.saved)
             except UsageError as error:
                 return str(error)
             return None
 
-        default = "" if current is None else ",".join(map(str, current)) if isinstance(current, list) else (
-            f"{current:g}" if isinstance(current, float) else str(current)
-        )
-        return self.asker.text(question, default, check, back)
-
-    # -- review
-
-    def _review(self) -> Plan:
-        """Shows every value that was chosen, by whomever, and lets any of them be changed."""
-        asked = (*_BEFORE_DATA, *_AFTER_DATA)
-        while True:
-            plan = self.plan()
-            names = [*asked, *(n for n in Plan.model_fields
-                               if n not in asked and plan.origins.get(n, "default") != "default")]
-            width = max(len(flag_of(n)) for n in names)
-            options: list[Option] = [(_RUN, strings.REVIEW_RUN), (_QUIT, strings.REVIEW_QUIT)]
-            for name in names:
-                value = getattr(plan, name)
-                shown = strings.OPEN_NAME if name == "name" and value is None else show_value(value)
-                why: str = plan.origins[name]
-                if why == "recommendation":
-                    why = next(r.reason for r in self.recommendations if r.field == name)
-                why = strings.ANSWERED if name in self._given else why
-                options.append((name, f"{flag_of(name):<{width}}  {shown}  ({why})"))
-            picked = self.asker.choose(strings.ASK_REVIEW, options, _RUN, back=False)
-            if picked == _QUIT:
-                raise LeftWizard
-            if picked == _RUN:
-                return plan
-            kept = dict(self._given)
-            if self.ask(picked, back=True) and picked in _ANALYSED and not self._read_data():
-                self._given = kept  # the sentence that says why has been shown
-                self._read_data()
+        return self.asker.text(question, _typed(current), check, back)

@@ -25,7 +25,7 @@ from sparktune.setup.plan.models import is_adapter_folder, probe, resolve_model_
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.setup.plan.weights import safetensors_index
 
-__all__ = ["Check", "disk_need_gib", "failures", "run_checks"]
+__all__ = ["Check", "disk_by_stage", "disk_need_gib", "failures", "machine_checks", "run_checks"]
 
 _GIB = 2**30
 _MIN_MEMORY_GIB = 1.0
@@ -55,23 +55,31 @@ def failures(checks: list[Check]) -> list[Check]:
     return [c for c in checks if c.status == "failed"]
 
 
-def disk_need_gib(plan: Plan, spec: ModelSpec, base_gib: float) -> float:
-    """Predicts the disk space a run takes, in GiB: checkpoints, trained result, merged model, GGUF files.
+def disk_by_stage(plan: Plan, spec: ModelSpec, base_gib: float | None = None) -> dict[str, float]:
+    """Predicts the disk space of a run: stage -> GiB it adds and that stays.
 
     Args:
         plan: the run; `auto` mode counts as LoRA.
         spec: the model's shape.
-        base_gib: size of the base's weight files. An MTP folder hard-links them, so it adds next to nothing.
+        base_gib: size of the base's weight files; two bytes a parameter when left out. An MTP folder hard-links them,
+            so it adds next to nothing.
     """
     parameters_gib = spec.parameters / _GIB
     if plan.mode == "full":
         # bf16 result, fp32 master and two fp32 moments a checkpoint; one more while it is being written
-        need = parameters_gib * (2 + 14 * (plan.keep_checkpoints + 1))
+        train = parameters_gib * (2 + 14 * (plan.keep_checkpoints + 1))
     else:
         adapter_gib = adapter_parameters(spec, plan.lora_r or 32, plan.target_modules) / _GIB
-        need = adapter_gib * (4 + 16 * (plan.keep_checkpoints + 1))
-    gguf = sum(parameters_gib * BYTES_PER_WEIGHT.get(kind, 1.0) for kind in plan.gguf)
-    return need + base_gib + gguf
+        train = adapter_gib * (4 + 16 * (plan.keep_checkpoints + 1))
+    return {
+        "train": train, "merge": parameters_gib * 2 if base_gib is None else base_gib,
+        "gguf": sum(parameters_gib * BYTES_PER_WEIGHT.get(kind, 1.0) for kind in plan.gguf),
+    }
+
+
+def disk_need_gib(plan: Plan, spec: ModelSpec, base_gib: float) -> float:
+    """Predicts the disk space a run takes, in GiB: checkpoints, trained result, merged model, GGUF files."""
+    return sum(disk_by_stage(plan, spec, base_gib).values())
 
 
 def _python(plan: Plan) -> Check:
@@ -249,6 +257,19 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
         return Check(name=name, status="failed", seen=str(error), exit_code=error.exit_code)
     except OSError as error:
         return Check(name=name, status="failed", seen=str(error))
+
+
+def machine_checks(plan: Plan) -> list[Check]:
+    """Runs the checks that depend on this machine alone, not on model and data."""
+    return [
+        _guarded("python", lambda: _python(plan)),
+        _guarded("backend", lambda: _backend(plan)),
+        _guarded("torch", lambda: _torch(plan)),
+        _guarded("gpu", lambda: _gpu(plan)),
+        _guarded("memory", lambda: _memory(plan)),
+        _guarded("folders", lambda: _folders(plan)),
+        _guarded("specs", lambda: _specs(plan)),
+    ]
 
 
 def run_checks(plan: Plan) -> list[Check]:

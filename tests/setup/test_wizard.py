@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,18 +12,27 @@ from typing import Any
 import pytest
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from rich.console import Console
 
+from sparktune.setup import strings
 from sparktune.setup.ask import PlainAsker, TerminalAsker
 from sparktune.setup.demo import make_model, write_smoke
+from sparktune.setup.machine.doctor import Check
+from sparktune.setup.outlook import outlook
 from sparktune.setup.pipeline import Analysis, StageFailed
 from sparktune.setup.plan.errors import DataError
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, Machine, Plan
+from sparktune.setup.preview import Preview, previews, shorten
 from sparktune.setup.runstate import RunLock
-from sparktune.setup.wizard import LeftWizard, Wizard, check_data
+from sparktune.setup.wizard import SCREENS, LeftWizard, Wizard, check_data
 
-ENTER, DOWN, UP, CTRL_C, CTRL_U, SPACE = "\r", "\x1b[B", "\x1b[A", "\x03", "\x15", " "
+ENTER, DOWN, UP, LEFT, CTRL_C, CTRL_D, CTRL_U, SPACE = (
+    "\r", "\x1b[B", "\x1b[A", "\x1b[D", "\x03", "\x04", "\x15", " "
+)
+MACHINE = Machine(device="cpu", memory_gib=8, cpu_cores=2, disk_free_gib=9)
+WELL = [Check(name="python", status="ok", seen="3.11")]
 
 
 def report(path: str) -> DatasetReport:
@@ -70,9 +80,8 @@ class Analyst:
         root = self.folder / f".pending-{len(self.plans)}"
         root.mkdir()
         run = RunDir.from_root(root, self.folder)
-        machine = Machine(device="cpu", memory_gib=8, cpu_cores=2, disk_free_gib=9)
         return Analysis(
-            run=run, spec=probe(self.model), report=report(str(plan.data)), machine=machine, lock=RunLock(run),
+            run=run, spec=probe(self.model), report=report(str(plan.data)), machine=MACHINE, lock=RunLock(run),
             input_hash="", seconds=0.0,
         )
 
@@ -86,21 +95,34 @@ def analyst(tmp_path: Path, model: str) -> Analyst:
 def make(keys: PipeInput, analyst: Analyst, tmp_path: Path) -> Callable[..., Wizard]:
     def build(flags: dict[str, Any] | None = None, **more: Any) -> Wizard:
         where = {"results": tmp_path / "results", "output": tmp_path / "output"}
-        more = {"config": {}, "env": {}, "asker": TerminalAsker(keys, DummyOutput()), **more}
+        asker = TerminalAsker(keys, DummyOutput(), Console(file=io.StringIO(), width=100))
+        more = {"config": {}, "env": {}, "asker": asker, "machine": lambda plan: MACHINE,
+                "checks": lambda plan: WELL, "previews": lambda plan, spec: iter(ROWS), "outlook": outlook, **more}
         return Wizard(flags={**where, **(flags or {})}, analyse=analyst, **more)
 
     return build
+
+
+ROWS = [
+    Preview(line=1, format="messages", parts=[("Q: 1 + 1?", False), ("2", True)], tokens=4, learned=1),
+    Preview(line=2, format="messages", parts=[("Q: 2 + 2?", False), ("4", True)], tokens=4, learned=1),
+]
+
+
+def go(*steps: str) -> str:
+    """Returns the keys of the screens after the machine's and the model's: data, preview, lengths, plan, review."""
+    return "".join(steps)
+
+
+PREVIEW = LENGTHS = TAKE = RUN = ENTER
+ONE_BY_ONE = DOWN + ENTER
 
 
 def test_enter_all_the_way_takes_the_recommendations(
     make: Callable[..., Wizard], keys: PipeInput, model: str, data: str
 ) -> None:
     wizard = make({"model": model})
-    keys.send_text(CTRL_U + data + ENTER)       # data
-    keys.send_text(ENTER * 4)                   # mode, epochs, share, MTP head
-    keys.send_text(ENTER)                       # GGUF
-    keys.send_text(ENTER)                       # name
-    keys.send_text(ENTER)                       # review: run it
+    keys.send_text(go(ENTER, data + ENTER, PREVIEW, LENGTHS, TAKE, RUN))
     plan = wizard.run()
     assert (str(plan.data), plan.mode, plan.num_epochs, plan.mtp, plan.gguf) == (data, "lora", 3.0, "default", ["q8_0"])
     assert plan.name is None
@@ -113,40 +135,72 @@ def test_every_question_can_be_answered_otherwise(
     make: Callable[..., Wizard], keys: PipeInput, model: str, data: str
 ) -> None:
     wizard = make()
-    keys.send_text(DOWN * 4 + ENTER + CTRL_U + model + ENTER)  # the second catalogue entry is marked: custom
-    keys.send_text(data + ENTER)
+    keys.send_text(ENTER + DOWN * 4 + ENTER + CTRL_U + model + ENTER)  # the second size is marked: custom
+    keys.send_text(data + ENTER + PREVIEW + LENGTHS + ONE_BY_ONE)
     keys.send_text(DOWN * 2 + ENTER)                # LoRA is marked: full
     keys.send_text(CTRL_U + "2.5" + ENTER)
     keys.send_text(CTRL_U + "0.1" + ENTER)
-    keys.send_text(DOWN + ENTER)                    # default is marked: none
-    keys.send_text(DOWN + SPACE + ENTER)            # bf16 too
+    keys.send_text(DOWN * 2 + ENTER if "trained" in strings.MTPS else DOWN + ENTER)  # default is marked: none
+    keys.send_text(DOWN + SPACE + ENTER)            # the second GGUF type too
     keys.send_text("mine" + ENTER)
-    keys.send_text(ENTER)
+    keys.send_text(TAKE + RUN)
     plan = wizard.run()
     assert (plan.model, plan.mode, plan.num_epochs, plan.eval_split) == (model, "full", 2.5, 0.1)
-    assert (plan.mtp, plan.gguf, plan.name) == ("skip", ["q8_0", "bf16"], "mine")
+    assert (plan.mtp, plan.gguf, plan.name) == ("skip", ["q8_0", list(strings.GGUFS)[1]], "mine")
     assert plan.learning_rate == 2e-5, "recommendations follow the answers"
 
 
-def test_back_and_change(make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, analyst: Analyst) -> None:
+def test_back_from_every_screen(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, analyst: Analyst
+) -> None:
+    asker = TerminalAsker(keys, DummyOutput(), Console(file=(seen := io.StringIO()), width=100))
+    wizard = make(asker=asker)
+    custom = DOWN * 4 + ENTER + model + ENTER
+    keys.send_text(ENTER + LEFT)                            # model -> machine
+    keys.send_text(ENTER + custom + "<" + ENTER)            # data -> model, where custom is marked now
+    keys.send_text(ENTER + ENTER + data + ENTER + LEFT)     # preview -> data
+    keys.send_text(ENTER + PREVIEW + LEFT)                  # lengths -> data
+    keys.send_text(ENTER + PREVIEW + LENGTHS + LEFT)        # plan -> lengths
+    keys.send_text(LENGTHS + TAKE + LEFT)                   # review -> plan
+    keys.send_text(ONE_BY_ONE + LEFT)                       # the first question -> plan
+    keys.send_text(TAKE + RUN)
+    plan = wizard.run()
+    assert (plan.model, str(plan.data)) == (model, data)
+    assert len(analyst.plans) == 1, "nothing that the data depends on changed"
+    lines = [line for line in seen.getvalue().splitlines() if "/6" in line]
+    titles = [t for line in lines for t in SCREENS if strings.SCREENS[t] in line]
+    assert titles == [
+        "machine", "model", "machine", "model", "data", "model", "data", "data", "lengths", "data", "lengths", "plan",
+        "lengths", "plan", "review", "plan", "plan", "review",
+    ]
+
+
+def test_back_passes_by_what_a_flag_decided(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str
+) -> None:
+    wizard = make({"model": model, "data": data})
+    keys.send_text(ENTER + LEFT + ENTER + PREVIEW + LENGTHS + TAKE + RUN)
+    assert str(wizard.run().data) == data
+
+
+def test_questions_go_back_one_by_one(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, analyst: Analyst
+) -> None:
     wizard = make({"model": model})
-    keys.send_text(data + ENTER)
+    keys.send_text(ENTER + data + ENTER + PREVIEW + LENGTHS + ONE_BY_ONE)
     keys.send_text(DOWN * 2 + ENTER)                # full
     keys.send_text(CTRL_U + "<" + ENTER)            # back from the epochs
     keys.send_text(UP * 2 + ENTER)                  # LoRA after all
     keys.send_text(CTRL_U + "1" + ENTER)
-    keys.send_text(ENTER * 5)
+    keys.send_text(ENTER * 4 + TAKE + RUN)
     plan = wizard.run()
     assert (plan.mode, plan.num_epochs) == ("lora", 1.0)
     assert len(analyst.plans) == 1
 
 
 def test_given_flags_are_not_asked(make: Callable[..., Wizard], keys: PipeInput, model: str, data: str) -> None:
-    wizard = make({
-        "model": model, "data": data, "mode": "lora", "num_epochs": 1.0, "eval_split": 0.0, "mtp": "skip", "gguf": [],
-        "name": "n",
-    })
-    keys.send_text(ENTER)
+    wizard = make({"model": model, "data": data, "mtp": "skip", "gguf": [], "name": "n"})
+    keys.send_text(ENTER + PREVIEW + LENGTHS + TAKE + RUN)
     plan = wizard.run()
     assert (plan.name, plan.gguf, plan.origins["name"]) == ("n", [], "flag")
 
@@ -158,29 +212,65 @@ def test_any_line_can_be_edited_in_the_review(
         "model": model, "data": data, "mode": "lora", "num_epochs": 1.0, "mtp": "skip", "gguf": [], "name": "n",
         "lora_r": 8, "eval_split": 0.5,
     })
-    # Run, Leave, then the eight asked fields in order: eval_split is the fifth
-    keys.send_text(DOWN * 6 + ENTER + CTRL_U + "0.25" + ENTER)
-    keys.send_text(DOWN * 4 + ENTER + DOWN * 2 + ENTER)     # mode: full
-    keys.send_text(ENTER)
+    keys.send_text(ENTER + PREVIEW + LENGTHS + TAKE)
+    # Run, then the eight asked fields in order: eval_split is the fifth
+    keys.send_text(DOWN * 5 + ENTER + CTRL_U + "0.25" + ENTER)
+    keys.send_text(DOWN * 3 + ENTER + DOWN * 2 + ENTER)     # mode: full
+    keys.send_text(UP * 3 + ENTER + ENTER)                  # back, leave, another setting: the first of them
+    keys.send_text(CTRL_U + "11" + ENTER + ENTER)
     plan = wizard.run()
     assert (plan.eval_split, plan.mode, plan.lora_r) == (0.25, "full", 8)
     assert plan.learning_rate == 2e-5
     assert [p.eval_split for p in analyst.plans] == [0.5, 0.25], "a changed split means another analysis"
+    assert plan.seed == 11
+
+
+def test_a_plan_that_cannot_run_names_why_and_offers_no_start(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, tmp_path: Path
+) -> None:
+    (tmp_path / "output" / "taken").mkdir(parents=True)
+    asker = TerminalAsker(keys, DummyOutput(), Console(file=(seen := io.StringIO()), width=100))
+    wizard = make({"model": model, "data": data, "name": "taken"}, asker=asker)
+    keys.send_text(ENTER + PREVIEW + LENGTHS + TAKE)
+    keys.send_text(LEFT + TAKE)   # no "run it": nothing but the lines, and back
+    keys.send_text(DOWN * 7 + ENTER + CTRL_U + "free" + ENTER + RUN)
+    assert wizard.run().name == "free"
+    assert "cannot run" in seen.getvalue()
+    assert "A run named taken exists" in " ".join(seen.getvalue().split())
 
 
 def test_wrong_answers_are_refused_until_they_are_right(
     make: Callable[..., Wizard], keys: PipeInput, model: str, data: str
 ) -> None:
     wizard = make({"model": model})
-    keys.send_text("/nope" + ENTER + CTRL_U + data + ENTER)
+    keys.send_text(ENTER + "/nope" + ENTER + CTRL_U + data + ENTER + PREVIEW + LENGTHS + ONE_BY_ONE)
     keys.send_text(ENTER)
     keys.send_text(CTRL_U + "-1" + ENTER + CTRL_U + "2" + ENTER)
     keys.send_text(CTRL_U + "1.5" + ENTER + CTRL_U + "0" + ENTER)
     keys.send_text(ENTER * 2)
     keys.send_text("bad/name" + ENTER + CTRL_U + "good" + ENTER)
-    keys.send_text(ENTER)
+    keys.send_text(TAKE + RUN)
     plan = wizard.run()
     assert (plan.num_epochs, plan.eval_split, plan.name) == (2.0, 0.0, "good")
+
+
+def test_a_custom_model_is_described_and_an_unknown_one_confirmed(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, tmp_path: Path
+) -> None:
+    alien = tmp_path / "alien"
+    alien.mkdir()
+    config = json.loads((Path(model) / "config.json").read_text())["text_config"]
+    (alien / "config.json").write_text(json.dumps({**config, "model_type": "alien"}))
+    asker = TerminalAsker(keys, DummyOutput(), Console(file=(seen := io.StringIO()), width=200))
+    wizard = make({"data": data}, asker=asker)
+    keys.send_text(ENTER + DOWN * 4 + ENTER + str(tmp_path / "no") + ENTER)         # refused
+    keys.send_text(CTRL_U + str(alien) + ENTER + ENTER)                             # described; No is marked
+    keys.send_text(ENTER + CTRL_U + model + ENTER + PREVIEW + LENGTHS + TAKE + RUN)  # custom is marked now
+    assert wizard.run().model == model
+    told = seen.getvalue()
+    assert "alien" in told
+    assert "Unsloth only" in told
+    assert "million" in told, "the parameter count, from the config alone"
 
 
 def test_data_that_the_analysis_refuses_is_asked_again(
@@ -188,53 +278,134 @@ def test_data_that_the_analysis_refuses_is_asked_again(
 ) -> None:
     analyst.fail = [StageFailed("prepare", 4), DataError("no row is usable")]
     wizard = make({"model": model})
-    keys.send_text((data + ENTER) + (ENTER) * 2)
-    keys.send_text(ENTER * 7)
+    again = CTRL_U + data + ENTER
+    keys.send_text(ENTER + data + ENTER + again + again + PREVIEW + LENGTHS + TAKE + RUN)
     assert wizard.run().mode == "lora"
     assert len(analyst.plans) == 3
 
 
 def test_refused_data_from_a_flag_ends_the_wizard(
-    make: Callable[..., Wizard], model: str, data: str, analyst: Analyst
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, analyst: Analyst
 ) -> None:
     analyst.fail = [StageFailed("prepare", 4)]
+    keys.send_text(ENTER)
     with pytest.raises(StageFailed):
         make({"model": model, "data": data}).run()
 
 
-def test_ctrl_c_keeps_the_answers(
-    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, tmp_path: Path
+def test_a_machine_that_must_be_repaired_goes_no_further(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str
 ) -> None:
-    wizard = make({"model": model})
-    keys.send_text(data + ENTER + ENTER + CTRL_U + "7" + ENTER + CTRL_C)
+    found = [[Check(name="disk", status="failed", seen="full", fix="Free some.")], WELL]
+    wizard = make({"model": model, "data": data}, checks=lambda plan: found.pop(0))
+    keys.send_text(ENTER + ENTER + PREVIEW + LENGTHS + TAKE + RUN)  # the first Enter checks again
+    assert wizard.run().mode == "lora"
+    assert found == []
+
+
+BEFORE = {
+    "machine": "", "model": ENTER, "custom model": ENTER + DOWN * 4 + ENTER, "data": "{model}", "preview": "{data}",
+    "lengths": "{data}" + PREVIEW, "plan": "{data}" + PREVIEW + LENGTHS,
+    "mode": "{data}" + PREVIEW + LENGTHS + ONE_BY_ONE, "epochs": "{data}" + PREVIEW + LENGTHS + ONE_BY_ONE + ENTER,
+    "split": "{data}" + PREVIEW + LENGTHS + ONE_BY_ONE + ENTER * 2,
+    "mtp": "{data}" + PREVIEW + LENGTHS + ONE_BY_ONE + ENTER * 3,
+    "gguf": "{data}" + PREVIEW + LENGTHS + ONE_BY_ONE + ENTER * 4,
+    "name": "{data}" + PREVIEW + LENGTHS + ONE_BY_ONE + ENTER * 5,
+    "review": "{data}" + PREVIEW + LENGTHS + TAKE,
+    "other": "{data}" + PREVIEW + LENGTHS + TAKE + UP * 3 + ENTER,
+}
+"""Keys that lead to each prompt there is."""
+
+
+@pytest.mark.parametrize("leave", [CTRL_C, "closed"])
+@pytest.mark.parametrize("prompt", BEFORE)
+def test_leaving_at_every_prompt_keeps_the_answers(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, tmp_path: Path, prompt: str, leave: str
+) -> None:
+    wizard = make()
+    to_data = ENTER + DOWN * 4 + ENTER + model + ENTER
+    keys.send_text(BEFORE[prompt].format(model=to_data, data=to_data + data + ENTER))
+    if leave == CTRL_C:
+        keys.send_text(CTRL_C)
+    else:
+        keys.close()
     with pytest.raises(KeyboardInterrupt):
         wizard.run()
-    assert wizard.answers == {"data": data, "mode": "lora", "num_epochs": "7"}
+    known = {"model": model, "data": data} if "{data}" in BEFORE[prompt] else (
+        {"model": model} if "{model}" in BEFORE[prompt] else {}
+    )
+    assert {k: v for k, v in wizard.answers.items() if k in ("model", "data")} == known
     assert not list(tmp_path.glob(".pending-*")), "the analysis is discarded"
 
 
-def test_saved_answers_are_offered_again(make: Callable[..., Wizard], keys: PipeInput, model: str, data: str) -> None:
-    wizard = make({"model": model}, answers={"data": data, "num_epochs": "7", "gguf": ["bf16"]})
-    keys.send_text(ENTER * 8)
+def test_saved_answers_are_offered_again_and_can_be_forgotten(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str
+) -> None:
+    saved = {"data": data, "num_epochs": "7", "gguf": ["bf16"]}
+    wizard = make({"model": model}, saved=dict(saved))
+    keys.send_text(ENTER * 2 + PREVIEW + LENGTHS + TAKE + RUN)
     plan = wizard.run()
     assert (str(plan.data), plan.num_epochs, plan.gguf) == (data, 7.0, ["bf16"])
+    assert plan.origins["num_epochs"] == "saved"
+    wizard = make({"model": model}, saved=dict(saved))
+    keys.send_text(DOWN * 2 + ENTER + ENTER + data + ENTER + PREVIEW + LENGTHS + TAKE + RUN)
+    plan = wizard.run()
+    assert (plan.num_epochs, plan.gguf) == (3.0, ["q8_0"])
 
 
 def test_leaving_from_the_review(make: Callable[..., Wizard], keys: PipeInput, model: str, data: str) -> None:
     wizard = make({"model": model, "data": data})
-    keys.send_text(ENTER * 6 + DOWN + ENTER)
+    keys.send_text(ENTER + PREVIEW + LENGTHS + TAKE + UP * 2 + ENTER)
     with pytest.raises(LeftWizard):
         wizard.run()
 
 
 def test_plain_questions_are_numbered(make: Callable[..., Wizard], model: str, data: str) -> None:
     screen = io.StringIO()
-    answers = io.StringIO(f"6\n{model}\n{data}\n9\n3\n2\n\n\n1,2\n\n1\n")
+    skip = list(strings.MTPS).index("skip") + 1
+    answers = io.StringIO(f"1\n6\n{model}\n{data}\n9\n2\n1\n1\n2\n3\n2\n\n{skip}\n1,2\n\n1\n1\n")
     wizard = make(asker=PlainAsker(answers, screen))
     plan = wizard.run()
-    assert (plan.model, plan.mode, plan.num_epochs, plan.gguf) == (model, "full", 2.0, ["q8_0", "bf16"])
-    assert "  1. Qwen/Qwen3.5-0.8B" in screen.getvalue()
+    assert (plan.model, plan.mode, plan.num_epochs, plan.mtp) == (model, "full", 2.0, "skip")
+    assert plan.gguf == list(strings.GGUFS)[:2]
+    assert "  1. Qwen3.5-0.8B" in screen.getvalue()
     assert "\x1b" not in screen.getvalue()
+    assert "»2«" in screen.getvalue(), "what is learned stands between marks where there is no colour"
+
+
+def test_the_preview_marks_what_training_learns(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str
+) -> None:
+    asker = TerminalAsker(keys, DummyOutput(), Console(file=(seen := io.StringIO()), width=100, force_terminal=True))
+    wizard = make({"model": model, "data": data}, asker=asker, previews=previews)
+    keys.send_text(ENTER + DOWN + ENTER + PREVIEW + LENGTHS + TAKE + RUN)
+    wizard.run()
+    told = seen.getvalue()
+    green = "".join(part.split("\x1b[0m")[0] for part in told.split("\x1b[1;32m")[1:])
+    assert "2 + 2 = 4" in " ".join(green.split()) or "=" in green
+    assert "<|im_start|>user" not in green
+    assert "<|im_end|>" in green, "the end-of-turn token is learned"
+    rows = list(itertools.islice(previews(wizard.plan(), probe(model)), 3))
+    assert [r.line for r in rows] == [1, 2, 3]
+    for row in rows:
+        text = "".join(part for part, _ in row.parts)
+        learned = "".join(part for part, is_learned in row.parts if is_learned)
+        assert text.count("<|im_end|>") > learned.count("<|im_end|>") == 1
+        assert 0 < row.learned < row.tokens
+
+
+def test_control_characters_of_the_data_do_not_reach_the_terminal() -> None:
+    assert shorten("a\x1b[31mb\x07c\nd") == "a�[31mb�c\nd"
+    assert len(shorten("x" * 10_000)) < 400
+
+
+def test_plain_back(make: Callable[..., Wizard], model: str, data: str) -> None:
+    answers = io.StringIO(f"\n6\n{model}\n<\n\n\n{data}\n<\n\n\n<\n\n<\n\n\n")
+    # data -> model; preview -> data; plan -> lengths; review -> plan
+    wizard = make(asker=PlainAsker(answers, io.StringIO()))
+    with pytest.raises(KeyboardInterrupt):
+        wizard.run()  # the input ends on the review screen
+    assert wizard.answers == {"model": model, "data": data}
 
 
 def test_plain_end_of_input_leaves(make: Callable[..., Wizard]) -> None:
@@ -243,11 +414,10 @@ def test_plain_end_of_input_leaves(make: Callable[..., Wizard]) -> None:
 
 
 def test_what_is_seen_at_first_sight(tmp_path: Path) -> None:
-    good, empty, bad = tmp_path / "g", tmp_path / "e", tmp_path / "b"
+    good, empty = tmp_path / "g", tmp_path / "e"
     good.write_text("\n" + json.dumps({"text": "x"}) + "\n")
     empty.write_text("\n\n")
-    bad.write_text("\nnot json\n")
     assert check_data(str(good)) is None
-    for path, words in ((empty, "empty"), (bad, "Line 2"), (tmp_path, "folder"), (tmp_path / "no", "no file")):
+    for path, words in ((empty, "empty"), (tmp_path, "folder"), (tmp_path / "no", "no file")):
         assert words in str(check_data(str(path)))
     assert check_data("")
