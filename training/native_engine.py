@@ -13,12 +13,13 @@ from sparktune.setup.plan.models import adapter_base, is_adapter_folder
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.training.adapters import LoraConfig, attach_lora, load_adapter, save_adapter
 from sparktune.training.batch import MicroBatch
+from sparktune.training.card import check_card
 from sparktune.training.graphs import TowerGraphs
 from sparktune.training.model import TextTower, build_model, export_weights, load_weights, train_everything
 from sparktune.training.optimiser import MasterAdamW
 from sparktune.training.quantised import build_hollow, frozen_parameters, stored_bytes, storing
 
-__all__ = ["NativeEngine"]
+__all__ = ["NativeEngine", "kernels_in_words"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _CALLS = "dropout.calls"
@@ -67,10 +68,11 @@ class NativeEngine:
             ops: the implementations to use; selected for device and type when left out.
 
         Raises:
-            PreflightError: the checkpoint is incomplete or of an unknown architecture.
+            PreflightError: the checkpoint is incomplete or of an unknown architecture, or the GPU cannot run the plan.
             UsageError: a target that the model does not have, or an adapter that does not fit.
         """
         dtype = _DTYPES[plan.dtype]
+        check_card(device, dtype)
         ops, storage = ops or select_ops(device, dtype, spec), base_storage(plan)
         if storage == "none":
             model = build_model(spec, ops, dtype, device)
@@ -111,14 +113,15 @@ class NativeEngine:
         return self.model.ops.reasons
 
     def describe(self) -> str:
-        """Returns what learns, in words."""
+        """Returns what learns and what it runs on, in words: whatever is slower than it could be, with its reason."""
         learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         frozen = frozen_parameters(self.model)
         total = sum(p.numel() for p in self.model.parameters()) + frozen
         said = f"{self._what}: {learning:,} of {total:,} parameters learn in {self.model.dtype}".replace("torch.", "")
         if frozen:
             said += f"; {frozen:,} frozen ones are quantised and take {stored_bytes(self.model) / 2**30:.2f} GiB"
-        return said
+        graphs = f"no CUDA graphs: {self.graphs.objection}" if self.graphs.objection else "CUDA graphs"
+        return f"{said}; {kernels_in_words(self.model.ops)}; {graphs}"
 
     def forward_backward(self, micro_batches: Iterable[MicroBatch], n_supervised: int) -> torch.Tensor:
         """Adds the gradients of sum(cross-entropy) / n_supervised; nothing here waits for the device."""
@@ -174,3 +177,17 @@ class NativeEngine:
     def export(self, folder: Path) -> None:
         """Makes `folder` with the adapter in PEFT's format, or the trained tensors, rounded once from the masters."""
         self._export(folder, self._optimiser.masters())
+
+
+def kernels_in_words(ops: OpTable) -> str:
+    """Returns which kernels a model runs on; each op that a GPU's kernels cannot serve is named with the reason."""
+    names, plain = [], []
+    for op, reason in ops.reasons.items():
+        if not reason.startswith("reference"):
+            names.append(reason.split(" ", 1)[0])
+        elif "no layer that calls it" not in reason:
+            plain.append(f"{op} {reason.removeprefix('reference ')}")
+    if not names:
+        return "kernels: plain PyTorch (the references)"
+    said = "kernels: " + ", ".join(dict.fromkeys(names))
+    return said + (f"; plain PyTorch, several times slower, for {'; '.join(plain)}" if plain else "")
