@@ -9,6 +9,7 @@ import torch
 
 from sparktune.kernels.select import OpTable, select_ops
 from sparktune.setup.plan.basestorage import base_storage
+from sparktune.setup.plan.errors import SparktuneError
 from sparktune.setup.plan.models import adapter_base, is_adapter_folder
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.training.adapters import LoraConfig, attach_lora, load_adapter, save_adapter
@@ -52,6 +53,7 @@ class NativeEngine:
         )
         # A graph adds to gradients at fixed addresses.
         self._optimiser.keep_gradients = not self.graphs.objection
+        self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         model.train()
 
     @classmethod
@@ -175,7 +177,20 @@ class NativeEngine:
         self.model.dropout_calls = int(state[_CALLS].item())
 
     def export(self, folder: Path) -> None:
-        """Makes `folder` with the adapter in PEFT's format, or the trained tensors, rounded once from the masters."""
+        """Makes `folder` with the adapter in PEFT's format, or the trained tensors, rounded once from the masters.
+
+        Raises:
+            SparktuneError: a tensor has another type than when training began, or a folder cannot be written.
+        """
+        changed = [
+            f"{name} is {p.dtype} and was {self._dtypes[name]}" for name, p in self.model.named_parameters()
+            if p.dtype != self._dtypes[name]
+        ]
+        if changed:
+            raise SparktuneError(
+                f"{len(changed)} tensors changed their type during training, so what was trained is not what was "
+                f"planned: {'; '.join(changed[:3])}. This is a bug; the last checkpoint has the masters."
+            )
         self._export(folder, self._optimiser.masters())
 
 

@@ -10,6 +10,7 @@ import torch
 
 from sparktune.lab.native import build_engine, documents_row
 from sparktune.lab.shapes import random_documents
+from sparktune.setup.plan.errors import SparktuneError
 from sparktune.training.batch import MicroBatch
 from sparktune.training.native_engine import NativeEngine
 
@@ -117,3 +118,25 @@ def test_a_row_of_more_documents_than_the_tables_hold_is_recorded_again(tiny_mod
     assert found is engine.graphs._graphs[32] is not first
     assert found is not None
     assert found.max_documents == 24
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_types_after_training_are_the_plan_s(tiny_model: Path, tmp_path: Path, full: bool, graphs: bool) -> None:
+    """Compute type for weights, float32 for what drifts when rounded and for everything the optimiser owns."""
+    engine = engine_of(tiny_model, full=full, recompute="layer", graphs=graphs, dtype="bfloat16")
+    batch = row([20, 12], 3)
+    for _ in range(4):
+        engine.forward_backward([batch], batch.supervised_tokens)
+        engine.optimiser_step(1e-3)
+    for name, parameter in engine.model.named_parameters():
+        wide = name.endswith(("A_log", "dt_bias", "lora_a", "lora_b"))
+        assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
+    moments = [t for name, t in engine.state().items() if name.startswith(("master.", "exp_avg"))]
+    assert moments
+    assert {t.dtype for t in moments} == {torch.float32}
+    engine.export(tmp_path / "result")
+    with torch.no_grad():
+        engine.model.norm.data = engine.model.norm.data.float()
+    with pytest.raises(SparktuneError, match=r"norm is torch\.float32 and was torch\.bfloat16"):
+        engine.export(tmp_path / "again")
