@@ -13,19 +13,14 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sparktune.setup.data.cache import TokenDataset
-from sparktune.setup.data.read import first_questions
-from sparktune.setup.data.render import ChatRenderer
 from sparktune.setup.data.tokenise import prepare
-from sparktune.setup.data.tokenizer import ChatTokenizer, load_tokenizer
-from sparktune.setup.export.gguf import read_manifest
+from sparktune.setup.data.tokenizer import load_tokenizer
+from sparktune.setup.export.gguf_export import read_manifest
 from sparktune.setup.export.llama_cpp import child_environment, converter_sources, run_child
+from sparktune.setup.export.prompts import Prompt, choose_prompts
 from sparktune.setup.export.stage import Stage, run_stage
 from sparktune.setup.plan.errors import PreflightError, SparktuneError
 from sparktune.setup.plan.events import EventWriter
@@ -36,59 +31,6 @@ from sparktune.setup.plan.schema import Plan
 __all__ = ["MAX_NEW_TOKENS", "Prompt", "choose_prompts", "gguf_answer"]
 
 MAX_NEW_TOKENS = 48
-_HELD_OUT_PROMPTS = 3
-_LONGEST_PROMPT = 1024
-_EXAMPLES_READ = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One prompt."""
-
-    text: str
-    """As shown: the user's message; of a held-out example without one its rendered text without special tokens."""
-    ids: tuple[int, ...]
-    """As the model gets it, generation prompt included."""
-
-
-def _held_out(
-    plan: Plan, dataset: TokenDataset | None, tokenizer: ChatTokenizer, seen: set[str]
-) -> list[Prompt]:
-    found: dict[int, tuple[int, ...]] = {}
-    for index in range(min(len(dataset) if dataset is not None else 0, _EXAMPLES_READ)):
-        assert dataset is not None
-        ids, supervised = dataset[index]
-        learned = np.flatnonzero(supervised)
-        if len(learned) and 0 < learned[0] <= _LONGEST_PROMPT and len(found) < _HELD_OUT_PROMPTS:
-            prompt = tuple(int(i) for i in ids[: learned[0]])
-            if prompt not in found.values():
-                found[int(dataset.lines[index])] = prompt
-    path = plan.eval_data or plan.data
-    asked = first_questions(path, set(found), plan.text_field) if path else {}
-    texts = {
-        line: asked.get(line) or tokenizer.decode(ids, skip_special_tokens=True).strip() for line, ids in found.items()
-    }
-    return [Prompt(text=texts[line], ids=ids) for line, ids in found.items() if texts[line] not in seen]
-
-
-def choose_prompts(plan: Plan, tokenizer: ChatTokenizer, held_out: TokenDataset | None) -> list[Prompt]:
-    """Returns the plan's sample prompts and the first few held-out ones, as training would see them.
-
-    Args:
-        plan: sample_prompts and thinking count.
-        tokenizer: the model's.
-        held_out: tokenised evaluation examples; a prompt is all before the first supervised token.
-
-    Raises:
-        DataError: prompts are given and the tokenizer has no chat template.
-    """
-    prompts = []
-    if plan.sample_prompts:
-        renderer = ChatRenderer(tokenizer, plan.thinking)
-        for text in dict.fromkeys(plan.sample_prompts):
-            ids = tuple(int(i) for i in renderer.prompt_ids([{"role": "user", "content": text}]))
-            prompts.append(Prompt(text=text, ids=ids))
-    return prompts + _held_out(plan, held_out, tokenizer, {p.text for p in prompts})
 
 
 def _device(plan: Plan) -> str:

@@ -9,19 +9,20 @@ from typing import Any
 __all__ = ["answer_all", "load"]
 
 
-def load(folder: Path, device: str) -> tuple[Any, Any]:
+def load(folder: Path, device: str, dtype: Any = None) -> tuple[Any, Any]:
     """Returns (model, tokenizer) of a safetensors model folder, in eval mode.
 
     Args:
         folder: the model; no code of it is run.
-        device: cuda (bfloat16) or cpu (float32).
+        device: cuda or cpu.
+        dtype: torch dtype; bfloat16 on cuda and float32 on cpu when left out.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     config = AutoConfig.from_pretrained(folder)
     # A nested text config keeps the dtype of its file and wins over from_pretrained's argument.
     for part in (config, getattr(config, "text_config", None)):

@@ -13,13 +13,18 @@ from sparktune.setup.export.gguf_map import KNOWN_ARCHS
 from sparktune.setup.export.llama_cpp import child_environment, run_child
 from sparktune.setup.plan.errors import SparktuneError
 from sparktune.setup.plan.events import EventWriter
-from sparktune.setup.plan.exports import BYTES_PER_WEIGHT
+from sparktune.setup.plan.exports import BYTES_PER_WEIGHT, needs_quantiser
 from sparktune.setup.plan.schema import ModelSpec
 from sparktune.setup.plan.weights import safetensors_header, safetensors_index
 
 __all__ = ["check_file", "judge", "needed_bytes"]
 
 _Q8_BLOCK = 32
+_K_BLOCK = 256
+# llama.cpp gives embeddings and output a larger type than the rest, and a width that is no multiple of 256 one with
+# blocks of 32: never more than Q8_0, unless not even 32 divides it (F16).
+_LARGER = BYTES_PER_WEIGHT["q8_0"]
+_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 # Vocabulary, template and alignment; 248320 tokens take about 10 MiB.
 _METADATA_BYTES = 32 * 2**20
 _ARCH = {"qwen3_5_text": "qwen35", "qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama", "mistral": "llama"}
@@ -33,23 +38,33 @@ def needed_bytes(model_dir: Path, kind: str, *, with_mtp: bool) -> int:
         kind: of `GGUF_TYPES`.
         with_mtp: the MTP head goes in.
     """
-    weights, vectors = 0, 0
+    weights, vectors = 0.0, 0
+    per_weight = BYTES_PER_WEIGHT[kind]
     for file in set(safetensors_index(model_dir).values()):
         for name, entry in safetensors_header(file).items():
             if "visual." in name or (name.startswith("mtp.") and not with_mtp):
                 continue
             if len(entry.shape) < 2 or "conv1d" in name:
                 vectors += math.prod(entry.shape)
-            else:
-                weights += math.prod(entry.shape)
-    return int(weights * BYTES_PER_WEIGHT[kind]) + 4 * vectors + _METADATA_BYTES
+                continue
+            size, width = per_weight, entry.shape[-1]
+            if needs_quantiser(kind):
+                odd = name.endswith(_EMBEDDINGS) or width % _K_BLOCK
+                size = 2.0 if width % _Q8_BLOCK or name.startswith("mtp.") else max(size, _LARGER) if odd else size
+            elif kind == "q8_0" and width % _Q8_BLOCK:
+                size = 2.0
+            weights += math.prod(entry.shape) * size
+    return int(weights) + 4 * vectors + _METADATA_BYTES
 
 
 def _expected_type(name: str, shape: list[int], kind: str) -> str:
-    """The converter's rule: vectors, norms and the convolution stay F32, every matrix gets the type asked for."""
+    """The rule: vectors, norms and the convolution stay F32, every matrix gets the type asked for.
+
+    The quantiser mixes types by a rule of its own: what it gives a matrix is any type but F32.
+    """
     if len(shape) < 2 or name.endswith(("_norm.weight", "ssm_conv1d.weight")) or not name.endswith(".weight"):
         return "F32"
-    return kind.upper()
+    return "" if needs_quantiser(kind) else kind.upper()
 
 
 def judge(facts: dict[str, Any], kind: str, spec: ModelSpec, *, with_mtp: bool) -> tuple[list[str], list[str]]:
@@ -81,12 +96,12 @@ def judge(facts: dict[str, Any], kind: str, spec: ModelSpec, *, with_mtp: bool) 
     for name, seen in facts["types"].items():
         shape = facts["shapes"][name]
         want = _expected_type(name, shape, kind)
-        if seen == want:
+        if seen == want or (not want and seen != "F32"):
             continue
         if want == "Q8_0" and seen == "F16" and shape[-1] % _Q8_BLOCK:
             fallbacks.append(name)
         elif arch is not None:
-            wrong.append(f"{name} should be {want}, it is {seen}")
+            wrong.append(f"{name} should be {want or 'quantised'}, it is {seen}")
     return wrong, fallbacks
 
 
@@ -136,4 +151,5 @@ def check_file(
         "nextn_predict_layers": facts["nextn_predict_layers"], "vocabulary": facts["vocabulary"],
         "chat_template": facts["has_chat_template"], "tensors": facts["tensors"], "compared_tensors": facts["compared"],
         "types": dict(sorted(Counter(facts["types"].values()).items())), "fallbacks": fallbacks,
+        "worst_relative_rms": facts["worst_rms"],
     }

@@ -23,12 +23,14 @@ from sparktune.setup.export.gguf_map import KNOWN_ARCHS, Array, from_gguf, is_id
 from sparktune.setup.export.rounding import FLOAT_BYTES, to_float32
 from sparktune.setup.plan.weights import safetensors_header, safetensors_index
 
-__all__ = ["error_bound"]
+__all__ = ["error_bound", "relative_rms"]
 
 _CHUNK = 4 * 2**20
 # Written by the converter from the config, with no tensor of the checkpoint behind it.
 _GENERATED = {"rope_freqs.weight"}
 _EXACT = {"F32": 0.0, "BF16": 2.0**-8, "F16": 2.0**-11}
+# Largest relative RMS error of a tensor, by the bits in the type's name; about twice what normal weights give.
+_RMS_LIMIT = {"8": 0.02, "6": 0.04, "5": 0.08, "4": 0.16, "3": 0.35, "2": 0.7, "1": 1.0}
 
 
 def error_bound(want: Array, kind: str) -> Array:
@@ -124,11 +126,30 @@ def _pieces(
         yield checkpoint.rows(source, first, first + step), file.rows(name, first, first + step)
 
 
-def _compare(file: _Gguf, checkpoint: _Checkpoint, name: str, source: str, neutral: str) -> str:
-    """Returns what is wrong with one tensor's values; empty when each is within its type's error."""
+def relative_rms(pieces: Iterator[tuple[Array, Array]]) -> float:
+    """Returns the RMS of the error over the RMS of the wanted values; infinite where shapes differ."""
+    error, power = 0.0, 0.0
+    for want, seen in pieces:
+        if want.shape != seen.shape:
+            return float("inf")
+        error += float(np.square(seen - want, dtype=np.float64).sum())
+        power += float(np.square(want, dtype=np.float64).sum())
+    return float(np.sqrt(error / power)) if power else float(np.sqrt(error))
+
+
+def _compare(
+    file: _Gguf, checkpoint: _Checkpoint, name: str, source: str, neutral: str, worst: dict[str, float]
+) -> str:
+    """Returns what is wrong with one tensor's values; empty when each is within its type's error.
+
+    Types with a few bits are judged by the tensor's RMS error, which `worst` collects by type.
+    """
     kind = file.kind(name)
     if kind not in ("F32", "F16", "BF16", "Q8_0"):
-        return f"{name} is {kind}"
+        rms = relative_rms(_pieces(file, checkpoint, name, source, neutral))
+        limit = _RMS_LIMIT[next(c for c in kind if c.isdigit())]
+        worst[kind] = max(worst.get(kind, 0.0), rms)
+        return "" if rms <= limit else f"{name} is off {source} by {rms:.3f} of its RMS, {kind} allows {limit}"
     for want, seen in _pieces(file, checkpoint, name, source, neutral):
         if want.shape != seen.shape:
             return f"{name} has the shape {list(seen.shape)}, {source} gives {list(want.shape)}"
@@ -160,7 +181,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         "has_chat_template": file.field("tokenizer.chat_template") is not None,
         "types": {name: file.kind(name) for name in file.tensors},
         "shapes": {name: [int(n) for n in reversed(t.shape)] for name, t in file.tensors.items()},
-        "wrong": [], "compared": 0,
+        "wrong": [], "compared": 0, "worst_rms": {},
     }
     if file.arch not in KNOWN_ARCHS:
         return facts
@@ -175,7 +196,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     for name, (source, neutral) in names.items():
         if name in file.tensors:
             facts["compared"] += 1
-            problem = _compare(file, checkpoint, name, source, neutral)
+            problem = _compare(file, checkpoint, name, source, neutral, facts["worst_rms"])
             facts["wrong"] += [problem] if problem else []
     return facts
 

@@ -1,4 +1,7 @@
-"""llama.cpp's own converter at a pinned commit: its Python sources, fetched once from the pinned sdist and verified."""
+"""llama.cpp at a pinned commit: its sources, from the pinned sdist and verified; its converter, kept in the cache.
+
+The compiled programs are made from the same sources by llama_build.py.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +23,26 @@ from sparktune.setup.plan.rundir import cache_dir
 
 __all__ = [
     "COMMIT", "PACKAGE", "SDIST_SHA256", "TREE_SHA256", "ChildResult", "child_environment", "converter_sources",
-    "run_child",
+    "run_child", "unpack_whole",
 ]
 
 PACKAGE = "llama-cpp-python==0.3.36"
 """The Python package whose source distribution carries llama.cpp whole; it is never built or installed here."""
 SDIST = "llama_cpp_python-0.3.36.tar.gz"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-COMMIT = "0c1e57098"
-"""llama.cpp's commit in that sdist, as its changelog states."""
+COMMIT = "0c1e57098bba43ac29e6e3b677cdceebdd22334f"
+"""llama.cpp's commit in that sdist: the HEAD of the submodule it carries, compared when sources are unpacked whole."""
 TREE_SHA256 = "fdbb659d768c135b48dc0a35b7bf30e6ad39225e915f3aa00d1be19f7ba9c61b"
 """Hash of the unpacked converter (names and bytes), checked at every use."""
 
 _ROOT = PurePosixPath("llama_cpp_python-0.3.36/vendor/llama.cpp")
+_HEAD = PurePosixPath("llama_cpp_python-0.3.36/.git/modules/vendor/llama.cpp/HEAD")
 _WANTED = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 _SDIST_BYTES = 80 * 2**20
 _UNPACKED_BYTES = 8 * 2**20
 _TIMEOUT_S = 1800
 _POLL_S = 0.25
+_GRACE_S = 5
 _LOG_BYTES = 2**20
 
 # pip asks an sdist's build backend for its metadata even when it only downloads. This stand-in answers in its place, so
@@ -118,20 +123,52 @@ def _verified(sdist: Path) -> Path:
     return sdist
 
 
-def _unpack(sdist: Path, folder: Path) -> None:
-    """Takes the converter's files, and nothing else, out of the sdist: regular files below `folder` only."""
+def _unpack(sdist: Path, folder: Path, wanted: tuple[str, ...] | None = _WANTED) -> str:
+    """Takes regular files below `folder`, and nothing else, out of the sdist.
+
+    Args:
+        sdist: the archive.
+        folder: where they go.
+        wanted: first names of what is taken; the converter's by default, None for all.
+
+    Returns:
+        The commit that the archive states; empty when it states none.
+    """
+    commit = ""
     with tarfile.open(sdist, "r:gz") as archive:
         for member in archive:
             path = PurePosixPath(member.name)
-            if not path.is_relative_to(_ROOT) or ".." in path.parts or not member.isfile():
+            inside = path.relative_to(_ROOT) if path.is_relative_to(_ROOT) and path != _ROOT else None
+            take = inside is not None and (wanted is None or inside.parts[0] in wanted)
+            if not (take or path == _HEAD) or ".." in path.parts or not member.isfile():
                 continue
-            inside = path.relative_to(_ROOT)
             content = archive.extractfile(member)
-            if content is None or not inside.parts or inside.parts[0] not in _WANTED:
+            assert content is not None
+            if inside is None:
+                commit = content.read().decode("ascii", "replace").strip()
                 continue
             target = folder.joinpath(*inside.parts)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content.read())
+    return commit
+
+
+def unpack_whole(scratch: Path, events: EventWriter) -> Path:
+    """Returns a folder below `scratch` with llama.cpp's whole sources, from the pinned sdist.
+
+    Raises:
+        PreflightError: the sdist could not be fetched.
+        SparktuneError: it is not the pinned file, or states another commit.
+    """
+    cache = cache_dir("llama.cpp")
+    events.progress("fetching llama.cpp's sources", 0, None, "bytes")
+    by_hand = cache / SDIST
+    sdist = _verified(by_hand if by_hand.is_file() else _download(scratch, cache))
+    folder = scratch / "llama.cpp"
+    commit = _unpack(sdist, folder, None)
+    if commit != COMMIT:
+        raise SparktuneError(f"{SDIST} should carry llama.cpp at {COMMIT}, it states {commit or 'no commit'}.")
+    return folder
 
 
 def _tree_sha256(folder: Path) -> str:
@@ -146,8 +183,8 @@ def _checked_tree(folder: Path) -> Path:
     seen = _tree_sha256(folder)
     if seen != TREE_SHA256:
         raise SparktuneError(
-            f"{folder} should hold llama.cpp's converter at {COMMIT} unchanged (tree hash {TREE_SHA256}); its hash is "
-            f"{seen}. Remove that folder and start again: it will be fetched anew."
+            f"{folder} should hold llama.cpp's converter at {COMMIT[:9]} unchanged (tree hash {TREE_SHA256}); its hash "
+            f"is {seen}. Remove that folder and start again: it will be fetched anew."
         )
     return folder
 
@@ -184,7 +221,7 @@ def converter_sources(events: EventWriter) -> Path:
                     raise
     except OSError as error:
         raise PreflightError(f"{cache} cannot be written: {error.strerror or error}. Set XDG_CACHE_HOME.") from error
-    events.message(f"The GGUF converter (llama.cpp {COMMIT}, sha256 verified) is in {folder}.")
+    events.message(f"The GGUF converter (llama.cpp {COMMIT[:9]}, sha256 verified) is in {folder}.")
     return folder
 
 
@@ -203,7 +240,6 @@ def child_environment(sources: Path, scratch: Path) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "TMPDIR": str(scratch),
     }
-
 
 
 
@@ -241,8 +277,13 @@ def run_child(
                     on_poll()
         finally:
             if process.poll() is None:
-                process.kill()
-                process.wait()
+                # ninja ends its compilers when it is asked to, and cannot when it is killed
+                process.terminate()
+                try:
+                    process.wait(timeout=_GRACE_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
     raw = log.read_bytes()[-_LOG_BYTES:]
     # progress bars redraw their line: only what each line ended with is worth keeping
     lines = raw.decode("utf-8", "replace").split("\n")

@@ -1,43 +1,73 @@
-"""What this release can export: asked when a run is planned, so that nobody trains for hours towards a refusal."""
+"""What can be exported here: asked when a run is planned, so that nobody trains for hours towards a refusal."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 
-from sparktune.setup.plan.errors import UsageError
+from sparktune.setup.plan.errors import PreflightError, UsageError
+from sparktune.setup.plan.rundir import cache_dir
 from sparktune.setup.plan.schema import Plan
 
-__all__ = ["BYTES_PER_WEIGHT", "GGUF_TYPES", "check_exports", "check_gguf_types", "check_mtp_mode"]
+__all__ = [
+    "BYTES_PER_WEIGHT", "CONVERTER_TYPES", "GGUF_TYPES", "check_exports", "check_gguf_types", "check_mtp_mode",
+    "needs_quantiser", "written_types",
+]
 
-BYTES_PER_WEIGHT = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}
-"""GGUF type -> bytes a weight, for the types that llama.cpp's converter writes without compiled code."""
+CONVERTER_TYPES = ("bf16", "f16", "f32", "q8_0")
+"""GGUF types that llama.cpp's converter writes without compiled code."""
+# Bits a weight of the block matrices, upper bounds of llama.cpp's mixtures (they give some tensors a larger type).
+_QUANTISER_BITS = {
+    "q1_0": 2.2, "q2_0": 2.6, "q4_0": 4.7, "q4_1": 5.2, "q5_0": 5.7, "q5_1": 6.2, "mxfp4_moe": 8.6,
+    "iq1_s": 2.3, "iq1_m": 2.5, "iq2_xxs": 2.7, "iq2_xs": 2.9, "iq2_s": 3.1, "iq2_m": 3.3, "iq3_xxs": 3.6,
+    "iq3_xs": 3.8, "iq3_s": 3.9, "iq3_m": 4.1, "iq4_nl": 4.9, "iq4_xs": 4.7, "tq1_0": 2.3, "tq2_0": 2.6,
+    "q2_k": 3.6, "q2_k_s": 3.4, "q3_k": 4.3, "q3_k_s": 3.9, "q3_k_m": 4.3, "q3_k_l": 4.7, "q4_k": 5.2, "q4_k_s": 4.9,
+    "q4_k_m": 5.2, "q5_k": 5.9, "q5_k_s": 5.7, "q5_k_m": 5.9, "q6_k": 6.7,
+}
+BYTES_PER_WEIGHT = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32} | {
+    kind: bits / 8 for kind, bits in _QUANTISER_BITS.items()
+}
+"""GGUF type -> bytes a weight: exact for the converter's types, an upper bound for the quantiser's."""
 GGUF_TYPES = tuple(BYTES_PER_WEIGHT)
+"""Every type that the pinned llama.cpp writes."""
 
-_QUANTISER_TYPES = frozenset({
-    "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q2_k_s", "q3_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k", "q4_k_s", "q4_k_m",
-    "q5_k", "q5_k_s", "q5_k_m", "q6_k", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs",
-    "iq3_s", "iq3_m", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "mxfp4_moe", "mxfp4", "nvfp4",
-})
+
+def needs_quantiser(kind: str) -> bool:
+    """Returns whether a type is made by llama.cpp's compiled quantiser."""
+    return kind not in CONVERTER_TYPES
+
+
+def written_types(types: Sequence[str]) -> list[str]:
+    """Returns the types that lie on the disk at once: those asked for, and what the quantiser reads."""
+    between = any(map(needs_quantiser, types)) and not {"bf16", "f32"} & {*types}
+    return [*types, *(["bf16"] if between else [])]
 
 
 def check_gguf_types(types: Sequence[str]) -> None:
     """Checks the GGUF types asked for.
 
     Raises:
-        UsageError: a type needs the compiled quantiser (a later release), or is unknown, or is given twice.
+        UsageError: a type is unknown, or is given twice.
     """
-    compiled = [t for t in types if t.lower() in _QUANTISER_TYPES]
-    if compiled:
-        raise UsageError(
-            f"--gguf {','.join(compiled)} needs llama.cpp's compiled quantiser, which comes with a later release. "
-            f"Without a compiler there are {', '.join(GGUF_TYPES)}; q8_0 is the smallest. You can quantise a bf16 file "
-            "yourself with llama-quantize."
-        )
     unknown = [t for t in types if t not in GGUF_TYPES]
     if unknown:
         raise UsageError(f"--gguf takes {', '.join(GGUF_TYPES)}, or none; got {unknown[0]!r}.")
     if len(set(types)) != len(types):
         raise UsageError(f"--gguf should name each type once; got {','.join(types)}.")
+
+
+def _check_compiler(types: Sequence[str]) -> None:
+    """Refuses types that need compiled programs where there are none and none can be made."""
+    compiled = [t for t in types if needs_quantiser(t)]
+    names = [os.environ["CXX"].split(" ")[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    built = any(cache_dir("llama.cpp").glob("tools-*/build.json"))
+    if compiled and not built and not any(shutil.which(name) for name in names):
+        raise PreflightError(
+            f"--gguf {','.join(compiled)} needs llama.cpp's quantiser, which is compiled once on this machine, and "
+            f"there is no C++ compiler ({', '.join(names)}). Install one: sudo apt-get install g++. Or ask for types "
+            f"that need none: {', '.join(CONVERTER_TYPES)}."
+        )
 
 
 def check_mtp_mode(mode: str) -> None:
@@ -50,10 +80,13 @@ def check_mtp_mode(mode: str) -> None:
 
 
 def check_exports(plan: Plan) -> None:
-    """Refuses a plan that asks for what only a later release can export.
+    """Refuses a plan that asks for what cannot be exported here.
 
     Raises:
         UsageError: says what is missing and what there is instead.
+        PreflightError: a type needs a compiler, and there is none. In a container the image brings the programs.
     """
     check_gguf_types(plan.gguf)
     check_mtp_mode(plan.mtp)
+    if plan.backend == "local":
+        _check_compiler(plan.gguf)

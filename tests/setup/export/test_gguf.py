@@ -16,15 +16,17 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
-from sparktune.setup.export import evaluate, gguf_child, llama_cpp
+from sparktune.setup.export import gguf_child, llama_cpp
 from sparktune.setup.export.convert_demo import demo_objection
-from sparktune.setup.export.evaluate import Prompt, gguf_answer, model_answers
+from sparktune.setup.export.evaluate import gguf_answer, model_answers
 from sparktune.setup.export.evaluate import main as evaluate_main
 from sparktune.setup.export.generate import load
-from sparktune.setup.export.gguf import _Export, export_gguf, main, read_manifest
+from sparktune.setup.export.gguf import main
 from sparktune.setup.export.gguf_checks import check_file, judge, needed_bytes
+from sparktune.setup.export.gguf_export import _Export, export_gguf, read_manifest
 from sparktune.setup.export.gguf_map import from_gguf, to_gguf
 from sparktune.setup.export.merge import main as merge_main
+from sparktune.setup.export.prompts import Prompt, choose_prompts
 from sparktune.setup.export.train_mtp_step import main as mtp_main
 from sparktune.setup.plan.config import save_plan
 from sparktune.setup.plan.errors import PreflightError, SparktuneError, UsageError
@@ -316,16 +318,15 @@ def test_a_bare_adapter_is_merged_and_exported(
 # -- what it refuses
 
 
-def test_types_that_need_a_compiler_are_refused_at_planning_time(
+def test_unknown_and_repeated_types_are_refused_at_planning_time(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_gguf_types(["bf16", "f16", "f32", "q8_0"])
-    for types, says in ((["q8_0", "q4_k_m"], "q4_k_m needs llama.cpp's compiled quantiser.*later release"),
-                        (["Q6_K"], "compiled quantiser"), (["q9"], "got 'q9'"), (["bf16", "bf16"], "once")):
+    check_gguf_types(["bf16", "f16", "f32", "q8_0", "q4_k_m", "q5_k_m", "iq4_xs"])
+    for types, says in ((["q9"], "got 'q9'"), (["Q4_K_M"], "got 'Q4_K_M'"), (["bf16", "bf16"], "once")):
         with pytest.raises(UsageError, match=says):
             check_gguf_types(types)
-    assert main(["--model", str(run), "--out", str(tmp_path / "x"), "--types", "q4_k_m"]) == 2
-    assert "later release" in capsys.readouterr().err
+    assert main(["--model", str(run), "--out", str(tmp_path / "x"), "--types", "q9"]) == 2
+    assert "got 'q9'" in capsys.readouterr().err
 
 
 def test_an_unknown_tokenizer_without_the_marker_is_an_error_that_explains(tiny_base: Path, tmp_path: Path) -> None:
@@ -482,7 +483,7 @@ def test_held_out_prompts_end_where_the_answer_begins() -> None:
     ids = np.array([1, 2, 3, 4, 1, 2, 9, 5, 6, 7], dtype=np.uint32)
     supervised = np.array([0, 0, 1, 1, 0, 0, 1, 1, 0, 0], dtype=np.uint8)
     data = TokenDataset(ids, supervised, np.array([0, 4, 7, 10]), np.array([1, 2, 3]), "k")
-    prompts = evaluate.choose_prompts(Plan(), Words(), data)
+    prompts = choose_prompts(Plan(), Words(), data)
     assert [p.ids for p in prompts] == [(1, 2)], "repeated prompts and rows that learn from the start give none"
 
 
@@ -500,5 +501,5 @@ def test_held_out_prompts_are_shown_as_the_user_asked_them(tmp_path: Path) -> No
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ids, supervised = np.arange(6, dtype=np.uint32), np.array([0, 0, 1, 0, 0, 1], dtype=np.uint8)
     data = TokenDataset(ids, supervised, np.array([0, 3, 6]), np.array([2, 3]), "k")
-    prompts = evaluate.choose_prompts(Plan(data=path), Words(), data)
+    prompts = choose_prompts(Plan(data=path), Words(), data)
     assert [(p.text, p.ids) for p in prompts] == [("How much?", (0, 1)), ("rendered", (3, 4))]
