@@ -129,8 +129,9 @@ def test_the_folder_kernels_never_poses_as_a_package(place: Path, tmp_path: Path
     ("flags", "code", "says"),
     [
         ({"engine": "unsloth"}, 3, "--engine unsloth needs the Unsloth engine"),
-        ({"mode": "qlora"}, 3, "--mode qlora needs a CUDA GPU"),
-        ({"optimizer": "adamw_8bit"}, 3, "--optimizer adamw_8bit keeps 8-bit moments"),
+        ({"mode": "qlora", "quantise_base": "none"}, 2, "--quantise-base none"),
+        ({"mode": "full", "quantise_base": "nf4"}, 2, "--mode full trains every weight"),
+        ({"optimizer": "adamw_8bit"}, 3, "--optimizer adamw_8bit needs a CUDA GPU"),
         ({"device": "cuda"}, 3, "--device cuda needs a CUDA GPU"),
         ({"data": None}, 2, "--train-data is missing"),
         ({"data": "/nowhere/rows.jsonl"}, None, "/nowhere/rows.jsonl"),

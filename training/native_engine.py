@@ -46,7 +46,7 @@ class NativeEngine:
         learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._optimiser = MasterAdamW(
             learning, betas=(plan.adam_beta1, plan.adam_beta2), eps=plan.adam_eps, weight_decay=plan.weight_decay,
-            max_grad_norm=plan.max_grad_norm,
+            max_grad_norm=plan.max_grad_norm, optimizer=plan.optimizer,
         )
         self.graphs = TowerGraphs(
             model, self._optimiser.gradient_sums, 0.0 if plan.mode == "full" else plan.lora_dropout

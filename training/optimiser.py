@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from sparktune.training.moments import make_moments
+
 __all__ = ["MasterAdamW"]
 
 
@@ -22,13 +24,17 @@ class MasterAdamW:
         eps: AdamW's epsilon.
         weight_decay: decoupled decay, applied to tensors of two and more dimensions only.
         max_grad_norm: largest global norm of the gradients; 0 does not clip.
+        optimizer: where and how finely the moments are kept (training/moments.py).
 
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019); torch.optim.AdamW does the arithmetic.
+    Raises:
+        PreflightError: an optimiser of bitsandbytes without a GPU or without the package.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
     """
 
     def __init__(
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], *, betas: tuple[float, float], eps: float,
-        weight_decay: float, max_grad_norm: float,
+        weight_decay: float, max_grad_norm: float, optimizer: str = "adamw",
     ) -> None:
         self.max_grad_norm = max_grad_norm
         self.keep_gradients = False
@@ -38,21 +44,7 @@ class MasterAdamW:
         self._parameters = [parameter for _, parameter in named_parameters]
         for name, parameter in named_parameters:
             self._masters[name] = self._master_of(parameter)
-        groups = [
-            {"params": [m for m in self._masters.values() if m.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [m for m in self._masters.values() if m.ndim < 2], "weight_decay": 0.0},
-        ]
-        on_gpu = any(m.is_cuda for m in self._masters.values())
-        self._adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True if on_gpu else None,
-        )
-        for master in self._masters.values():
-            # Made here rather than at the first step, so that state() is complete from the start.
-            self._adamw.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device if on_gpu else "cpu"),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
+        self._moments = make_moments(optimizer, self._masters, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def _master_of(self, parameter: nn.Parameter) -> nn.Parameter:
         if parameter.dtype in (torch.float32, torch.float64):
@@ -90,10 +82,12 @@ class MasterAdamW:
         if self.max_grad_norm > 0:
             scale = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(gradients, scale)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=not self.keep_gradients)
+        self._moments.update(learning_rate)
+        if self.keep_gradients:
+            torch._foreach_zero_(gradients)
+        else:
+            for master in self._masters.values():
+                master.grad = None
         self._round()
         return norm
 
@@ -107,14 +101,7 @@ class MasterAdamW:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns masters, moments and the step count, by flat names."""
-        state: dict[str, torch.Tensor] = {}
-        for name, master in self._masters.items():
-            own = self._adamw.state[master]
-            state[f"master.{name}"] = master.detach()
-            state[f"exp_avg.{name}"] = own["exp_avg"]
-            state[f"exp_avg_sq.{name}"] = own["exp_avg_sq"]
-            state[f"adam_step.{name}"] = own["step"]
-        return state
+        return {**{f"master.{name}": m.detach() for name, m in self._masters.items()}, **self._moments.state()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor], others: Collection[str] = ()) -> None:

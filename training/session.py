@@ -16,6 +16,7 @@ import torch
 
 from sparktune.setup.data.tokenise import PreparedData, prepare
 from sparktune.setup.data.tokenizer import ChatTokenizer, load_tokenizer
+from sparktune.setup.plan.basestorage import base_storage, check_base_storage
 from sparktune.setup.plan.config import save_plan
 from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
 from sparktune.setup.plan.flags import flag_of
@@ -24,6 +25,7 @@ from sparktune.setup.plan.models import NATIVE_FAMILIES, is_adapter_folder, prob
 from sparktune.setup.plan.recommend import apply, recommend
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import ModelSpec, Plan
+from sparktune.setup.plan.trainable import TORCH_OPTIMIZERS
 from sparktune.training import checkpoint as checkpoints
 from sparktune.training.adapters import read_adapter_config
 from sparktune.training.checkpoint import LoopState
@@ -34,6 +36,7 @@ from sparktune.training.metrics import MetricsLog
 from sparktune.training.narrator import Narrator
 from sparktune.training.native_engine import NativeEngine
 from sparktune.training.packing import PackPlan
+from sparktune.training.quantised import import_bitsandbytes
 from sparktune.training.runs import Request, open_request, open_run
 from sparktune.training.samples import sample_prompts, stop_ids
 from sparktune.training.schedule import run_length, tenth
@@ -46,7 +49,7 @@ _MATHS = (
     "model", "mode", "engine", "seed", "pack", "pack_length", "num_epochs", "max_steps", "per_device_batch_size",
     "gradient_accumulation", "learning_rate", "lr_scheduler", "warmup_ratio", "warmup_steps", "optimizer",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm", "lora_r", "lora_alpha", "lora_dropout",
-    "use_rslora", "target_modules", "dtype", "device",
+    "use_rslora", "target_modules", "quantise_base", "double_quantise", "dtype", "device",
 )
 """Plan fields that change the numbers. What shapes the data is in the token cache's key, stored beside them."""
 
@@ -197,7 +200,8 @@ def _as_adapter_says(plan: Plan) -> Plan:
         raise UsageError(f"--mode full cannot train the adapter {folder}. Merge it into its base first, or use lora.")
     config = read_adapter_config(folder)
     own: dict[str, Any] = {
-        "mode": "lora", "lora_r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
+        "mode": "qlora" if plan.mode == "qlora" else "lora", "lora_r": config.r, "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
         "use_rslora": config.use_rslora,
         "target_modules": None if config.target_modules is None else list(config.target_modules),
     }
@@ -223,6 +227,7 @@ def _with_engine(plan: Plan, choice: Choice | None, events: Narrator) -> Plan:
 
 def refuse_unsupported(plan: Plan, spec: ModelSpec, device: torch.device) -> None:
     """Refuses what this version cannot train, in one sentence each."""
+    check_base_storage(plan)
     if plan.engine == "unsloth":
         if device.type != "cuda":
             raise PreflightError(
@@ -234,15 +239,15 @@ def refuse_unsupported(plan: Plan, spec: ModelSpec, device: torch.device) -> Non
             f"{plan.model} cannot be trained natively: {spec.native_reason}. The native engine trains "
             f"{', '.join(NATIVE_FAMILIES)}; other models need --engine unsloth and a CUDA GPU."
         )
-    elif plan.mode == "qlora":
-        raise PreflightError(
-            "--mode qlora needs a CUDA GPU with 4-bit kernels and --engine unsloth. Use that, or --mode lora."
-        )
-    if plan.optimizer != "adamw":
-        raise PreflightError(
-            f"--optimizer {plan.optimizer} keeps 8-bit moments, which no engine of this version has on "
-            f"{'a CPU' if device.type == 'cpu' else 'this GPU'}. Use --optimizer adamw."
-        )
+    elif base_storage(plan) == "nf4":
+        import_bitsandbytes("A base in nf4", "--quantise-base int8, which needs no package, or --mode lora")
+    if plan.optimizer not in TORCH_OPTIMIZERS:
+        if device.type == "cpu":
+            raise PreflightError(
+                f"--optimizer {plan.optimizer} needs a CUDA GPU: bitsandbytes has no CPU kernels for its optimisers, "
+                "and torch sees no GPU here. Use --optimizer adamw."
+            )
+        import_bitsandbytes(f"--optimizer {plan.optimizer}", "--optimizer adamw")
 
 
 def _maths(plan: Plan, data: PreparedData) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class UnslothEngine:
         self.device = learning[0][1].device
         self._optimiser = MasterAdamW(
             learning, betas=(plan.adam_beta1, plan.adam_beta2), eps=plan.adam_eps, weight_decay=plan.weight_decay,
-            max_grad_norm=plan.max_grad_norm,
+            max_grad_norm=plan.max_grad_norm, optimizer=plan.optimizer,
         )
         model.train()
 

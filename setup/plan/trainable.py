@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from sparktune.setup.plan.basestorage import check_base_storage
 from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.memory import projection_shapes
 from sparktune.setup.plan.schema import ModelSpec, Plan
 
-__all__ = ["check_trainable"]
+__all__ = ["TORCH_OPTIMIZERS", "check_trainable"]
+
+TORCH_OPTIMIZERS = ("adamw", "adamw_torch")
+"""AdamW as torch computes it; the others are bitsandbytes'."""
 
 _SMALL_GDN = ("in_proj_a", "in_proj_b")
 
@@ -20,8 +24,10 @@ def check_trainable(plan: Plan, spec: ModelSpec) -> None:
 
     Raises:
         PreflightError: the model, method, engine or optimiser needs a CUDA GPU, and a CPU is to train.
-        UsageError: --target-modules names a projection that the model does not have.
+        UsageError: --target-modules names a projection that the model does not have, or the method contradicts
+            --quantise-base.
     """
+    check_base_storage(plan)
     if plan.device == "cpu":
         _check_cpu(plan, spec)
     if plan.mode != "full" and plan.target_modules is not None and spec.native:
@@ -45,12 +51,8 @@ def _check_cpu(plan: Plan, spec: ModelSpec) -> None:
             "--engine unsloth needs a CUDA GPU; a CPU is to train here. Use --engine native, which knows "
             f"{spec.model_type}."
         )
-    if plan.mode == "qlora":
+    if plan.optimizer not in TORCH_OPTIMIZERS:
         raise PreflightError(
-            "--mode qlora needs a CUDA GPU with 4-bit kernels; a CPU is to train here. Use --mode lora."
-        )
-    if plan.optimizer != "adamw":
-        raise PreflightError(
-            f"--optimizer {plan.optimizer} keeps 8-bit moments, which need a CUDA GPU; a CPU is to train here. "
-            "Use --optimizer adamw."
+            f"--optimizer {plan.optimizer} needs a CUDA GPU: bitsandbytes has no CPU kernels for its optimisers, and a "
+            "CPU is to train here. Use --optimizer adamw."
         )

@@ -80,7 +80,7 @@ def call(place: Path, *arguments: str, env: dict[str, str] | None = None) -> sub
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--mtp", "trained"], 2, ["--mtp default", "--mtp skip"]),
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--results", "x", "--output", "./x"], 2, ["--results", "two"]),
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--target-modules", "q_prj"], 2, ["q_prj", "in_proj_z"]),
-    (["plan", "--data", "d.jsonl", "--model", "tiny", "--mode", "qlora"], 3, ["CUDA", "--mode lora"]),
+    (["plan", "--data", "d.jsonl", "--model", "tiny", "--mode", "full", "--quantise-base", "nf4"], 2, ["--mode qlora"]),
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--engine", "unsloth"], 3, ["CUDA", "--engine native"]),
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--optimizer", "adamw_8bit"], 3, ["CUDA", "--optimizer adamw"]),
     (["plan", "--data", "d.jsonl", "--model", "alien"], 3, ["alien", "CUDA", "--engine unsloth"]),

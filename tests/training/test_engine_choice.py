@@ -12,50 +12,68 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from sparktune.setup.plan import recommend as recommend_module
+from sparktune.setup.plan.engines import Choice, choose_engine
 from sparktune.setup.plan.errors import PreflightError
 from sparktune.setup.plan.models import CATALOGUE, probe, spec_from_config
 from sparktune.setup.plan.schema import Machine, Plan
+from sparktune.setup.plan.speeds import Speed
 from sparktune.training import engine_choice, unsloth_engine
 from sparktune.training.batch import MicroBatch
-from sparktune.training.engine_choice import Measurement, choose_engine, engine_of_command, load_unsloth
+from sparktune.training.engine_choice import engine_of_command, load_unsloth
 from sparktune.training.native_engine import NativeEngine
 from sparktune.training.unsloth_engine import UnslothEngine, adapter_key, documents_of
 
 SPEC = spec_from_config(CATALOGUE["Qwen/Qwen3.5-2B"], "Qwen/Qwen3.5-2B")
-GPU = Machine(device="cuda", capability=(12, 1), memory_gib=100, cpu_cores=4, disk_free_gib=10)
+GPU = Machine(device="cuda", gpu_name="NVIDIA GB10", capability=(12, 1), memory_gib=100, cpu_cores=4, disk_free_gib=10)
 CPU = Machine(device="cpu", memory_gib=10, cpu_cores=4, disk_free_gib=10)
 
 
-def measured(native: float, unsloth: float, **changes: object) -> Measurement:
-    fields = {"capability": (12, 1), "model_type": "qwen3_5_text", "mode": "lora", "native_tok_per_s": native,
-              "unsloth_tok_per_s": unsloth, "source": "a test", **changes}
-    return Measurement(**fields)
+def measured(native: float, unsloth: float, chip: str = "NVIDIA GB10", mode: str = "lora") -> tuple[Speed, ...]:
+    return tuple(
+        Speed(chip=chip, engine=engine, mode=mode, dtype="bfloat16", recompute="none", parameters=SPEC.parameters,
+              flop_per_s=speed, source="measured", origin=f"a test of {engine}")
+        for engine, speed in (("native", native), ("unsloth", unsloth))
+    )
 
 
 @pytest.mark.parametrize(
-    ("machine", "rows", "mode", "installed", "engine", "says"),
+    ("machine", "speeds", "mode", "installed", "engine", "says"),
     [
-        (GPU, (measured(7000, 3461),), "lora", True, "native", "7,000"),
-        (GPU, (measured(3000, 3461),), "lora", True, "unsloth", "3,461"),
-        (GPU, (measured(3000, 3461),), "lora", False, "native", "not installed"),
-        (GPU, (measured(7000, 3461, capability=(9, 0)),), "lora", True, "unsloth", "no measurement"),
-        (GPU, (measured(7000, 3461, mode="full"),), "lora", True, "unsloth", "duel"),
-        (GPU, (measured(7000, 3461, mode="full"),), "full", True, "native", "7,000"),
-        (GPU, (measured(7000, 3461),), "qlora", True, "unsloth", "4-bit"),
-        (CPU, (measured(1, 2),), "lora", True, "native", "CUDA GPU"),
+        (GPU, measured(7e12, 3.5e12), "lora", True, "native", "2.0 times"),
+        (GPU, measured(3e12, 3.5e12), "lora", True, "unsloth", "0.9 times"),
+        (GPU, measured(3e12, 3.5e12), "lora", None, "unsloth", "a test of native"),
+        (GPU, measured(3e12, 3.5e12), "lora", False, "native", "not installed"),
+        (GPU, measured(3e12, 3.5e12, chip="NVIDIA H200"), "lora", True, "native", "nobody has measured"),
+        (GPU, measured(3e12, 3.5e12, mode="full"), "lora", True, "native", "--engine-duel"),
+        (GPU, measured(3e12, 3.5e12, mode="full"), "full", True, "unsloth", "full"),
+        (GPU, measured(3e12, 3.5e12), "qlora", True, "unsloth", "lora"),
+        (GPU, measured(1e12, 2e12)[1:], "lora", True, "native", "nobody"),
+        (CPU, measured(1, 2), "lora", True, "native", "CUDA GPU"),
     ],
 )
-def test_native_where_it_is_measured_faster(
-    machine: Machine, rows: tuple[Measurement, ...], mode: str, installed: bool, engine: str, says: str
+def test_native_where_it_is_not_measured_slower(
+    machine: Machine, speeds: tuple[Speed, ...], mode: str, installed: bool | None, engine: str, says: str
 ) -> None:
-    choice = choose_engine(SPEC, machine, rows, mode=mode, unsloth_installed=installed)
+    choice = choose_engine(SPEC, machine, mode=mode, unsloth_installed=installed, speeds=speeds)
     assert choice.engine == engine
     assert says in choice.reason
 
 
+def test_the_recommendation_and_the_process_ask_the_same_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    h200 = GPU.model_copy(update={"gpu_name": "NVIDIA H200"})
+    choice = choose_engine(SPEC, h200, mode="lora", unsloth_installed=True)
+    assert choice.engine == "native"
+    assert "measured, one H200" in choice.reason
+    for module in (recommend_module, engine_choice):
+        monkeypatch.setattr(module, "choose_engine", lambda *a, **k: Choice(engine="unsloth", reason="a test"))
+    found = recommend_module._engine(Plan(mode="lora", device="cuda"), SPEC, None, h200)
+    assert [(item[1], item[2]) for item in found] == [("unsloth", "a test")]
+
+
 def test_what_the_native_engine_does_not_know_goes_to_unsloth() -> None:
     odd = SPEC.model_copy(update={"native": False, "native_reason": "gemma is new to it"})
-    choice = choose_engine(odd, GPU, (), mode="lora", unsloth_installed=False)
+    choice = choose_engine(odd, GPU, mode="lora", unsloth_installed=False)
     assert choice.engine == "unsloth"
     assert "gemma is new to it" in choice.reason
 

@@ -153,8 +153,10 @@ def test_other_cases() -> None:
     assert _values(Plan(), _spec(native=False, model_type="gemma"), _report(500), GB10)["engine"] == "unsloth"
     assert "engine" not in _values(Plan(), _spec(native=False, model_type="gemma"), _report(500), CPU)
     over_memory = _values(Plan(), _spec("9B"), _report(5_000, mean=1000, p90=1500, longest=2048), SMALL_GPU)
-    assert (over_memory["mode"], over_memory["engine"]) == ("qlora", "unsloth")
-    assert _values(Plan(mode="qlora", origins={"mode": "flag"}), _spec(), _report(500), GB10)["engine"] == "unsloth"
+    assert (over_memory["mode"], over_memory["quantise_base"], over_memory["engine"]) == ("qlora", "nf4", "native")
+    int8 = _values(Plan(quantise_base="int8", origins={"quantise_base": "flag"}), _spec(), _report(500), GB10)
+    assert int8["mode"] == "qlora"
+    assert "quantise_base" not in int8
 
 
 @pytest.mark.parametrize(
