@@ -13,6 +13,7 @@ from sparktune.setup import strings
 from sparktune.setup.machine.docker_backend import ImageOptions
 from sparktune.setup.plan.errors import UsageError
 from sparktune.setup.plan.flags import add_plan_flags, flag_of, given_flags
+from sparktune.setup.runstate import EVALUATION_FIELDS
 
 __all__ = ["COMMANDS", "WITH_RUN", "Arguments", "parse"]
 
@@ -102,7 +103,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     if run is not None and command not in WITH_RUN:
         raise UsageError(strings.RUN_UNEXPECTED.format(command=known.command, run=run))
     if command in (*WITH_RUN, "runs"):
-        refused = [flag_of(f) for f in flags if f not in _WHERE] + (["--config"] if known.config_file else [])
+        allowed = (*_WHERE, *(EVALUATION_FIELDS if command == "evaluate" else ()))
+        refused = [flag_of(f) for f in flags if f not in allowed] + (["--config"] if known.config_file else [])
         if refused:
             raise UsageError(strings.FLAGS_WITH_RUN.format(command=command, flags=", ".join(refused)))
     if known.demo:

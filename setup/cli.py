@@ -39,7 +39,7 @@ from sparktune.setup.plan.schema import Plan
 from sparktune.setup.plan.trainable import check_trainable
 from sparktune.setup.progress import make_display
 from sparktune.setup.replay import replay_command
-from sparktune.setup.runstate import RunState, stages_of
+from sparktune.setup.runstate import EVALUATION_FIELDS, RunState, stages_of
 
 __all__ = ["main"]
 
@@ -213,6 +213,7 @@ def _resume(session: _Session, only: str | None = None) -> int:
     return resume_pipeline(
         _run_root(session), console=session.messages, plain=arguments.plain, json_out=arguments.json_out, only=only,
         backend=arguments.flags.get("backend"), image=arguments.image,
+        changes={f: v for f, v in arguments.flags.items() if f in EVALUATION_FIELDS},
     )
 
 

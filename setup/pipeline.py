@@ -10,11 +10,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -275,6 +275,7 @@ def _announce_time(plan: Plan, run: RunDir, analysis: Analysis, display: Display
 def resume_pipeline(
     root: Path, *, console: Console, plain: bool = False, json_out: bool = False, only: str | None = None,
     backend: Literal["auto", "docker", "local"] | None = None, image: ImageOptions | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> int:
     """Goes on with a run: finished stages whose inputs and outputs are unchanged are skipped.
 
@@ -286,6 +287,7 @@ def resume_pipeline(
         only: run this stage alone, even if it is done (and the report after it).
         backend: where the rest runs; where the plan says when left out.
         image: what this start wants of the Docker image.
+        changes: fields of the plan that this start gives anew, of runstate's EVALUATION_FIELDS.
 
     Returns:
         The exit code.
@@ -297,6 +299,9 @@ def resume_pipeline(
             plan = plan.model_copy(update={"backend": backend})
         run = RunDir.from_root(root, plan.output)
         with RunLock(run) as lock, stop_signals(display) as stop:
+            if changes:
+                plan = Plan.model_validate({**plan.model_dump(), **changes})
+                save_plan(plan, run.plan)
             _run_stages(plan, run, lock, display, stop, only, image)
         show_result(plan, run, json_out)
         return ExitCode.OK

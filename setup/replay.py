@@ -23,6 +23,8 @@ def _arguments(field: str, value: Any) -> list[str]:
         return [flag if value else "--no-" + flag.removeprefix("--")]
     if field == "sample_prompts":
         return [f"--sample-prompt={prompt}" for prompt in value]
+    if field == "validator":
+        return [flag, shlex.join(value)]
     if isinstance(value, list):
         return [flag, ",".join(value) or "none"]
     text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)

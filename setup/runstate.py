@@ -14,7 +14,9 @@ from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
 
-__all__ = ["STAGES", "RunLock", "RunState", "fingerprint", "outputs_of", "stage_input", "stages_of"]
+__all__ = [
+    "EVALUATION_FIELDS", "STAGES", "RunLock", "RunState", "fingerprint", "outputs_of", "stage_input", "stages_of",
+]
 
 STAGES = ("prepare", "train", "merge", "mtp", "gguf", "evaluate", "report")
 """Stages in their order."""
@@ -23,11 +25,13 @@ _DATA_FIELDS = (
     "model", "data", "eval_data", "eval_split", "text_field", "thinking", "max_seq_length", "over_length",
     "bad_row_limit", "dedupe", "redact_pii",
 )
+EVALUATION_FIELDS = ("eval_prompts", "validator", "baseline", "eval_checkpoints")
+"""Fields that say how a finished run is judged: `evaluate RUN` may give them anew."""
 _NOT_MATHS = (
     "name", "results", "output", "backend", "stack", "mtp", "gguf", "resume_from_checkpoint", "schema_version",
-    "origins", "kernels", "trial", "calibrate",
+    "origins", "kernels", "trial", "calibrate", *EVALUATION_FIELDS,
 )
-_FIELDS: dict[str, tuple[str, ...]] = {"mtp": ("mtp",), "gguf": ("gguf",)}
+_FIELDS: dict[str, tuple[str, ...]] = {"mtp": ("mtp",), "gguf": ("gguf",), "evaluate": EVALUATION_FIELDS}
 
 
 def stages_of(plan: Plan) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import types
 import typing
 from pathlib import Path
@@ -66,6 +67,9 @@ def add_plan_flags(parser: argparse.ArgumentParser, surface: Literal["run", "tra
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         elif typing.get_origin(kind) is Literal:
             parser.add_argument(*names, choices=typing.get_args(kind), **common)
+        elif name == "validator":
+            # split as a shell would, and never given to one
+            parser.add_argument(*names, type=shlex.split, metavar="COMMAND", **common)
         elif name == "sample_prompts":
             parser.add_argument("--sample-prompt", action=_Gather, metavar="TEXT", **common)
         elif typing.get_origin(kind) is list:

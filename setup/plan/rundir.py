@@ -81,6 +81,16 @@ class RunDir:
         return self.root / "samples.jsonl"
 
     @property
+    def evaluation(self) -> Path:
+        """What the evaluation measured: figures a source, paired differences, alarms."""
+        return self.root / "evaluation.json"
+
+    @property
+    def judged(self) -> Path:
+        """For people and the next round: unlabelled A/B pairs with their key, and rejected rows."""
+        return self.root / "judged"
+
+    @property
     def summary(self) -> Path:
         """What a script wants at the end."""
         return self.root / "summary.json"

@@ -177,6 +177,14 @@ class Plan(_Strict):
     """Try the plan first: 100 steps or a tenth of it, base and tuned model compared, nothing merged or exported."""
     calibrate: Literal["auto", "yes", "no"] = Field("auto", json_schema_extra=flags("--calibrate", surface="run"))
     """Time some steps of the plan on this machine before it starts; auto does so for runs of over an hour."""
+    eval_prompts: int = Field(8, ge=0, json_schema_extra=flags("--eval-prompts", surface="run"))
+    """Held-out prompts that base and result answer at the end; 0 for the sample prompts alone."""
+    validator: list[str] | None = Field(None, json_schema_extra=flags("--validator", surface="run"))
+    """Your own judge of an answer: a command that reads {prompt, reference, answer} as JSON and exits 0 or 1."""
+    baseline: str | None = Field(None, json_schema_extra=flags("--baseline", surface="run"))
+    """A run known to be good, whose model answers the same prompts."""
+    eval_checkpoints: bool = Field(False, json_schema_extra=flags("--eval-checkpoints", surface="run"))
+    """Let every kept checkpoint answer the same prompts too."""
     backend: Literal["auto", "docker", "local"] = Field("auto", json_schema_extra=flags("--backend", surface="run"))
     """Where the stages run."""
     stack: str = Field("2026.05", json_schema_extra=flags("--stack", surface="run"))
