@@ -8,7 +8,7 @@ from typing import Any
 from sparktune.setup.plan.basestorage import base_storage
 from sparktune.setup.plan.engines import choose_engine
 from sparktune.setup.plan.flags import flag_of
-from sparktune.setup.plan.memory import longest_row_tokens, predict_peak
+from sparktune.setup.plan.memory import PeakEstimate, longest_row_tokens, predict_peak
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan, Recommendation
 
 __all__ = ["apply", "planned_steps", "recommend"]
@@ -18,6 +18,7 @@ _FULL_EXAMPLES = 100_000
 _FULL_TOKENS = 200_000_000
 _STEP_EXAMPLES = 16
 _LEAST_STEPS = 60
+_SHORT = 1024
 _TRIAL_STEPS = 100
 _GOOD_SHARE = 0.85
 _ROUND = 128
@@ -137,6 +138,8 @@ def _mode(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) 
             return [("mode", "qlora", reason, "memory estimate (setup/plan/memory.py)")]
     elif examples <= _LORA_EXAMPLES:
         seen += f": up to {_LORA_EXAMPLES:,} examples an adapter learns as much and forgets less"
+    elif _fits(plan, "full", spec, report, machine):
+        seen += _trade(plan, spec, report, machine)
     return [("mode", "lora", seen, thresholds)]
 
 
@@ -147,16 +150,31 @@ def _storage(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machin
              "published practice (Dettmers et al. 2023)")]
 
 
+def _trade(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> str:
+    """What speaks for either method between the thresholds."""
+    lora, full = (_smallest(plan, mode, spec, report, machine).total_gib for mode in ("lora", "full"))
+    few = report.lengths.total < _FULL_TOKENS and report.train_examples >= _FULL_EXAMPLES
+    why = "many examples but few tokens" if few else "between the thresholds"
+    return (
+        f": {why}, so both are sound. LoRA forgets less, its file is small, and it takes from {lora:.0f} GiB on; full "
+        f"fine-tuning can take in more and takes from {full:.0f} GiB on (--mode full)"
+    )
+
+
 def _fits(plan: Plan, mode: str, spec: ModelSpec, report: DatasetReport, machine: Machine) -> bool:
-    """Whether `mode` fits at its smallest: one longest example at a time, layers computed again."""
+    """Whether `mode` fits at its smallest."""
+    return _smallest(plan, mode, spec, report, machine).total_gib <= machine.memory_gib
+
+
+def _smallest(plan: Plan, mode: str, spec: ModelSpec, report: DatasetReport, machine: Machine) -> PeakEstimate:
+    """The peak of `mode` at its smallest: one longest example at a time, layers computed again."""
     eight_bit = mode == "full" and spec.parameters > _EIGHT_BIT_PARAMETERS and _is_open(plan, "optimizer")
     trial = plan.model_copy(update={
         "mode": mode, "pack_length": None, "per_device_batch_size": 1,
         "optimizer": "adamw_8bit" if eight_bit else plan.optimizer,
     })
     tokens = longest_row_tokens(trial, report)
-    peak = predict_peak(trial, spec, machine, tokens=tokens, longest=tokens, policy="layer")
-    return peak.total_gib <= machine.memory_gib
+    return predict_peak(trial, spec, machine, tokens=tokens, longest=tokens, policy="layer")
 
 
 def _optimizer(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
@@ -173,10 +191,14 @@ def _rank(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) 
     examples = report.train_examples
     for limit, rank, source in ((1_000, 16, _PRACTICE), (10_000, 32, _PRACTICE), (None, 128, _RECIPE)):
         if limit is None or examples < limit:
-            # A rank near the smallest width stores more than the matrix itself would.
-            rank = min(rank, max(1, spec.hidden_size // 8))
             reason = f"{examples:,} examples" + (f" (fewer than {limit:,})" if limit else " (10,000 or more)")
-            return [("lora_r", rank, f"{reason}: more data fills more rank", source)]
+            reason += ": more data fills more rank"
+            if report.lengths.mean < _SHORT:
+                rank *= 2
+                reason += f"; doubled, as contexts are short (mean {report.lengths.mean:.0f} tokens) and memory is free"
+                source += "; published: short contexts, under 1,024 tokens, take a larger rank"
+            # A rank near the smallest width stores more than the matrix itself would.
+            return [("lora_r", min(rank, max(1, spec.hidden_size // 8)), reason, source)]
     return []
 
 
