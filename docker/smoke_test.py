@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -95,13 +96,14 @@ def stack() -> str:
 
 
 def llama_cpp() -> str:
-    """llama.cpp's programs are there."""
+    """llama.cpp's programs are there, as they were built."""
     if not _optimised():
         raise Skip("the baseline image has no llama.cpp")
-    missing = [n for n in ("llama-cli", "llama-server", "llama-quantize", "llama-bench")
-               if not os.access(f"/opt/llama.cpp/bin/{n}", os.X_OK)]
-    _require(not missing, f"missing in /opt/llama.cpp/bin: {', '.join(missing)}")
-    return "llama-cli, llama-server, llama-quantize, llama-bench"
+    record = json.loads(Path("/opt/llama.cpp/build.json").read_text(encoding="utf-8"))
+    wrong = [name for name, wanted in record["sha256"].items()
+             if hashlib.sha256(Path("/opt/llama.cpp/bin", name).read_bytes()).hexdigest() != wanted]
+    _require(bool(record["sha256"]) and not wrong, f"not what was built: {', '.join(wrong) or 'there is none'}")
+    return f"{', '.join(record['sha256'])} at {record['commit']}"
 
 
 # -- with a GPU

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from sparktune.setup.machine.diagnose import diagnose
 from sparktune.setup.machine.docker_backend import RUN_LABEL
 from sparktune.setup.machine.engine import connect
 from sparktune.setup.machine.image import HASH_LABEL, Flavour, Image, base_digest, ensure_image, load_stack
+from sparktune.setup.machine.image_build import Cancelled
 from sparktune.setup.machine.image_checks import host_checks
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
 from sparktune.setup.plan.rundir import cache_dir
@@ -29,6 +30,7 @@ from sparktune.setup.plan.rundir import cache_dir
 __all__ = ["main", "smoke_test", "uninstall"]
 
 NOT_GPU_TESTED = 75
+_POLL_S = 0.2
 _ROLE_LABEL = "org.sparktune.role"
 
 
@@ -42,8 +44,12 @@ class Row:
     detail: str
 
 
-def smoke_test(client: Any, tag: str, gpu: bool) -> list[Row]:
-    """Runs docker/smoke_test.py in a container of the image, and returns its lines."""
+def smoke_test(client: Any, tag: str, gpu: bool, should_stop: Callable[[], bool] = lambda: False) -> list[Row]:
+    """Runs docker/smoke_test.py in a container of the image, and returns its lines.
+
+    Raises:
+        Cancelled: `should_stop` said so. The image stays.
+    """
     from docker.types import DeviceRequest
 
     devices = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if gpu else None
@@ -53,7 +59,11 @@ def smoke_test(client: Any, tag: str, gpu: bool) -> list[Row]:
     )
     try:
         container.start()
-        container.wait()
+        while container.status != "exited":
+            if should_stop():
+                raise Cancelled(f"The smoke test was stopped. The image {tag} is built and not tested.")
+            time.sleep(_POLL_S)
+            container.reload()
         text = container.logs(stdout=True, stderr=False).decode("utf-8", "replace")
         errors = container.logs(stdout=False, stderr=True).decode("utf-8", "replace")
     finally:
@@ -114,9 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _install(options: argparse.Namespace, client: Any, messages: Console) -> int:
-    root, flavour = program_root(), "baseline" if options.baseline else "opt"
-    kind: Flavour = "baseline" if options.baseline else "opt"
-    rows, begun = [], time.monotonic()
+    root, rows, begun = program_root(), [], time.monotonic()
+    flavour: Flavour = "baseline" if options.baseline else "opt"
     base_here = base_digest(client, load_stack(root, options.stack).base_image)[1] is not None
     for name, status, detail in host_checks(client, base_is_here=base_here):
         rows.append(Row(check=name, status=status, seconds=0.0, detail=detail))
@@ -124,14 +133,16 @@ def _install(options: argparse.Namespace, client: Any, messages: Console) -> int
         _show(options, rows, None, ExitCode.PREFLIGHT)
         return int(ExitCode.PREFLIGHT)
     arguments = {} if options.max_jobs is None else {"MAX_JOBS": str(options.max_jobs)}
-    with StopSignals() as stop, BuildDisplay(messages, options.plain) as display:
-        image = ensure_image(
-            client, root, options.stack, kind, on_event=display.event, rebuild=options.rebuild,
-            build_args=arguments, should_stop=lambda: stop.count > 0,
-        )
-    word = "built" if image.built else "already there, nothing changed"
-    rows.append(Row(check=f"image ({flavour})", status="pass", seconds=round(time.monotonic() - begun, 1), detail=word))
-    rows += smoke_test(client, image.tag, bool(nvidia_gpus()))
+    with StopSignals() as stop:
+        with BuildDisplay(messages, options.plain) as display:
+            image = ensure_image(
+                client, root, options.stack, flavour, on_event=display.event, rebuild=options.rebuild,
+                build_args=arguments, should_stop=lambda: stop.count > 0,
+            )
+        seconds = round(time.monotonic() - begun, 1)
+        word = "built" if image.built else "already there, nothing changed"
+        rows.append(Row(check=f"image ({flavour})", status="pass", seconds=seconds, detail=word))
+        rows += smoke_test(client, image.tag, bool(nvidia_gpus()), lambda: stop.count > 0)
     gpu_tested = all(row.status != "skip" or "CUDA device" not in row.detail for row in rows)
     code = 1 if any(row.status == "fail" for row in rows) else 0 if gpu_tested else NOT_GPU_TESTED
     _show(options, rows, image, code)

@@ -38,6 +38,10 @@ _STATUS_S = 0.5
 _STOP_S = 60
 _STACK = 64 * 2**20
 _CODE_SIGKILLED = 137
+_UNASKED_ENDS = {
+    _CODE_SIGKILLED: "was ended by SIGKILL. If nobody did that, the machine ran out of memory: see journalctl -k.",
+    int(ExitCode.MEMORY): "ended because memory ran out.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +272,8 @@ class DockerBackend:
                 writer.start()
                 code = self._wait(container, on_poll, stop)
                 writer.join(timeout=10)
+                if text := _UNASKED_ENDS.get(code) if not stop.count else None:
+                    log.write(f"\nThe container {options['name']} {text}\n".encode())
                 return code
             finally:
                 with suppress(Exception):  # already gone, or the engine is: nothing is left to remove

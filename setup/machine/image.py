@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from sparktune.setup.machine.engine import alive, network_for_downloads
-from sparktune.setup.machine.image_build import BuildFailed, BuildRequest, build
+from sparktune.setup.machine.image_build import BuildFailed, BuildRequest, Cancelled, build
 from sparktune.setup.machine.image_checks import check_build_host
 from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.rundir import cache_dir
@@ -90,7 +90,7 @@ def image_inputs(root: Path, stack: str, flavour: str) -> list[Path]:
     """Returns every file that the Dockerfile copies, read from its own COPY lines; relative to `root`, sorted."""
     dockerfile = root / FLAVOURS[flavour]
     found = {dockerfile}
-    for arguments in _COPY.findall(dockerfile.read_text(encoding="utf-8")):
+    for arguments in _COPY.findall(dockerfile.read_text(encoding="utf-8").replace("\\\n", " ")):
         for source in arguments.replace("${STACK}", stack).split()[:-1]:
             path = root / source
             if path.is_dir() and not path.is_symlink():
@@ -157,7 +157,9 @@ def base_digest(client: Any, name: str) -> tuple[str | None, str | None]:
     return (digests[0] if digests else None), str(image.id)
 
 
-def prepare_base(client: Any, stack: Stack, on_event: OnEvent) -> str:
+def prepare_base(
+    client: Any, stack: Stack, on_event: OnEvent, should_stop: Callable[[], bool] = lambda: False
+) -> str:
     """Makes sure that the engine has the base, and that it is the one that is pinned.
 
     The pin is stack.yaml's digest, else what the first pull recorded.
@@ -167,10 +169,11 @@ def prepare_base(client: Any, stack: Stack, on_event: OnEvent) -> str:
 
     Raises:
         PreflightError: it cannot be pulled, or it is another than the pinned one.
+        Cancelled: `should_stop` said so while it was pulled; what came is kept by the engine.
     """
     digest, image_id = base_digest(client, stack.base_image)
     if image_id is None:
-        _pull(client, stack.base_image, on_event)
+        _pull(client, stack.base_image, on_event, should_stop)
         digest, image_id = base_digest(client, stack.base_image)
     assert image_id is not None  # it was there, or was pulled just now
     recorded = _recorded()
@@ -194,13 +197,15 @@ def prepare_base(client: Any, stack: Stack, on_event: OnEvent) -> str:
     return digest
 
 
-def _pull(client: Any, name: str, on_event: OnEvent) -> None:
+def _pull(client: Any, name: str, on_event: OnEvent, should_stop: Callable[[], bool]) -> None:
     from docker.errors import APIError
 
     layers: dict[str, tuple[int, int]] = {}
     repository, _, tag = name.rpartition(":")
     try:
         for entry in client.api.pull(repository, tag=tag, stream=True, decode=True):
+            if should_stop():
+                raise Cancelled(f"Pulling {name} was stopped; the layers that came are kept.")
             if "error" in entry:
                 raise PreflightError(_pull_failed(name, str(entry["error"])))
             detail = entry.get("progressDetail") or {}
@@ -252,7 +257,7 @@ def ensure_image(
     have_base = base_digest(client, stack.base_image)[1] is not None
     if not have_base:
         check_build_host(client, base_is_here=False)  # before the first byte of twenty gigabytes
-    base = prepare_base(client, stack, on_event)
+    base = prepare_base(client, stack, on_event, should_stop)
     content = input_hash(root, stack.name, flavour, base, extra)
     below = input_hash(root, stack.name, flavour, base, extra, package=False)
     tag = f"{alias}-{content[:12]}"

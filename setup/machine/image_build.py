@@ -162,7 +162,11 @@ class Progress:
     def _remaining(self) -> float | None:
         if not self.history:
             return None
-        return round(sum(s for step, s in self.history.items() if step not in self.seconds), 1)
+        left = sum(s for step, s in self.history.items() if step not in self.seconds)
+        begun = next((begun for step, begun in self._vertices.values() if step == self.step), None)
+        if begun is not None and self.step not in self.seconds:
+            left -= min(time.monotonic() - begun, self.history.get(self.step, 0.0))
+        return round(left, 1)
 
     def _line(self, text: str) -> None:
         for part in text.replace("\r", "\n").splitlines():

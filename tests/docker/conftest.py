@@ -1,7 +1,8 @@
 """A real Docker engine for the tests, started here, and a base image that poses as NVIDIA's, made here.
 
-The engine is Debian's docker.io with its own socket and data folder; no registry and no bridge is needed. The base is
-kept in the cache (`stubs`), named by its content, so only the first run on a machine makes it.
+The engine is Debian's docker.io with its own socket and a file system of its own; no registry and no bridge is needed.
+The base is kept in the cache (`stubs`), named by its content, so only the first run on a machine makes it. It also
+carries the name of NVIDIA's image, so that this very checkout builds on it, unchanged.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,28 +18,47 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparktune.setup.machine import image_checks
 from sparktune.setup.machine.engine import connect
+from sparktune.setup.machine.image import load_stack
 from sparktune.setup.plan.rundir import cache_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = ROOT / "docker" / "stub"
 BASE = "sparktune-stub-base:test"
+NVIDIA = load_stack(ROOT, "2026.05").base_image
+"""The name that the checkout's own stacks build on."""
 DEBIAN = "sparktune-stub-debian:test"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PACKAGES = "python3,python3-pip,python3-venv,python3-dev,gcc,libc6-dev,ca-certificates"
+TOOLS = {"/usr/sbin/dockerd": "docker.io", "/usr/sbin/debootstrap": "debootstrap",
+         "/usr/bin/docker-registry": "docker-registry", "/usr/bin/setpriv": "util-linux",
+         "/usr/sbin/mkfs.ext4": "e2fsprogs"}
+SIX = "six==1.17.0 --hash=sha256:4721f391ed90541fddacab5acf947aa0d3dc7d27b2e1e8eda2be8970586c3274\n"
+"""The lock file of a build that takes seconds."""
+TOKEN = "hf_MarkerThatMustNeverShow0123456789"
+"""Set as the user's hub token while every image here is built and every stage is run."""
+DISK_BYTES = 64 * 2**30
 
 
 class Engine:
-    """A dockerd of the tests' own."""
+    """A dockerd of the tests' own, on a file system of its own: a sparse file, which a test may fill."""
 
-    def __init__(self, folder: Path, data: Path) -> None:
-        self.folder, self.data = folder, data
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.data = folder, folder / "data"
+        self.data.mkdir()
+        disk = folder / "disk.ext4"
+        with disk.open("wb") as file:
+            file.truncate(DISK_BYTES)
+        # it lives as long as the tests: nothing has to survive a power cut
+        subprocess.run(["/usr/sbin/mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(disk)], check=True)
+        subprocess.run(["mount", "-o", "loop,noatime", str(disk), str(self.data)], check=True)
         self.socket = folder / "docker.sock"
         self.host = f"unix://{self.socket}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -54,6 +75,7 @@ class Engine:
             if self._process.poll() is not None:
                 raise RuntimeError((self.folder / "dockerd.log").read_text()[-2000:])
             if self.docker("version", check=False).returncode == 0:
+                self.socket.chmod(0o666)  # some tests act as another user
                 return
             time.sleep(0.2)
         raise RuntimeError("dockerd did not answer in 30 s: " + (self.folder / "dockerd.log").read_text()[-2000:])
@@ -79,6 +101,36 @@ class Engine:
         shutil.rmtree(self.folder / "exec", ignore_errors=True)
         (self.folder / "pid").unlink(missing_ok=True)
 
+    def remove(self) -> None:
+        """Ends what still runs in it, and it, and takes its file system away."""
+        if left := self.docker("ps", "-q", check=False).stdout.split():
+            self.docker("rm", "-f", *left)
+        self.stop()
+        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+        for mount in sorted((m for m in mounted if m.startswith(f"{self.folder}/")), reverse=True):
+            subprocess.run(["umount", "-l", mount], check=False)  # a killed engine leaves its layers mounted
+        shutil.rmtree(self.folder)
+
+    @contextmanager
+    def almost_full(self, free_bytes: int) -> Iterator[None]:
+        """Leaves `free_bytes` on the engine's file system for a while."""
+        filler = self.data / "filler"
+        try:
+            with filler.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.data).free - free_bytes)
+            yield
+        finally:
+            filler.unlink(missing_ok=True)
+
+    def tags(self) -> set[str]:
+        """Returns every tag of ours."""
+        listed = self.docker("images", "--format", "{{.Repository}}:{{.Tag}}").stdout.split()
+        return {tag for tag in listed if tag.startswith("sparktune:")}
+
+    def idle(self) -> bool:
+        """Returns whether there is no container at all, running or not."""
+        return not self.docker("ps", "-aq").stdout.split()
+
     def docker(self, *arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs the command line against this engine."""
         env = {**os.environ, "DOCKER_HOST": self.host, "DOCKER_BUILDKIT": "1"}
@@ -87,34 +139,19 @@ class Engine:
         )
 
 
-def _packages() -> None:
-    """Installs Debian's engine and debootstrap where they are missing."""
-    tools = {"/usr/sbin/dockerd": "docker.io", "/usr/sbin/debootstrap": "debootstrap",
-             "/usr/bin/docker-registry": "docker-registry"}
-    missing = [package for tool, package in tools.items() if not Path(tool).exists()]
-    if missing:
-        subprocess.run(["apt-get", "update", "-qq"], check=True)
-        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(["apt-get", "install", "-y", "-qq", *missing], check=True, env=env, stdout=subprocess.DEVNULL)
-
-
 @pytest.fixture(scope="session")
 def engine_parts() -> Iterator[Engine]:
-    """The engine, without any image. The data folder is fresh, and removed at the end."""
+    """The engine, without any image."""
     assert os.geteuid() == 0, "the tests of the image start a Docker engine, which needs root"
-    _packages()
-    folder = Path(tempfile.mkdtemp(prefix="sparktune-engine-"))
-    engine = Engine(folder, folder / "data")
-    engine.start()
-    yield engine
-    left = engine.docker("ps", "-q", check=False).stdout.split()
-    if left:
-        engine.docker("rm", "-f", *left)
-    engine.stop()
-    mounted = [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-    for mount in sorted((m for m in mounted if m.startswith(f"{folder}/")), reverse=True):
-        subprocess.run(["umount", "-l", mount], check=False)  # a killed engine leaves its layers mounted
-    subprocess.run(["rm", "-rf", "--", str(folder)], check=False)  # many times as fast as shutil on 300,000 files
+    missing = [package for tool, package in TOOLS.items() if not Path(tool).exists()]
+    assert not missing, f"the tests of the image need Debian's tools: apt-get install {' '.join(missing)}"
+    engine = Engine(Path(tempfile.mkdtemp(prefix="sparktune-engine-")))
+    engine.folder.chmod(0o755)
+    try:
+        engine.start()
+        yield engine
+    finally:
+        engine.remove()
 
 
 def _stub_key() -> str:
@@ -123,6 +160,20 @@ def _stub_key() -> str:
         digest.update(path.read_bytes())
     digest.update(importlib.metadata.version("torch").encode())
     return digest.hexdigest()[:16]
+
+
+def _torch_wheel(folder: Path) -> None:
+    """Fetches the CPU build of torch that these tests run on, where pip is configured or PyTorch's index holds it."""
+    wanted = f"torch=={importlib.metadata.version('torch')}"
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(folder)]
+    if subprocess.run([*pip, "--python-version", "3.11", wanted], check=False).returncode:
+        # uv knows where that is, and says so beside the package
+        said = subprocess.run(
+            [sys.executable, "-m", "uv", "pip", "compile", "--torch-backend", "cpu", "--emit-index-annotation",
+             "--no-deps", "-"], input=wanted.partition("+")[0], capture_output=True, text=True, check=True,
+        ).stdout
+        index = re.findall(r"# from (\S+)", said)[0]
+        subprocess.run([*pip, "--index-url", index, wanted], check=True)
 
 
 def _make_base(engine: Engine, archive: Path) -> None:
@@ -140,11 +191,7 @@ def _make_base(engine: Engine, archive: Path) -> None:
             engine.docker("import", "-", DEBIAN, stdin=tar.stdout)
         shutil.copytree(STUB, context)
         shutil.copy(CERTIFICATES, context)
-        version = importlib.metadata.version("torch")
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(context / "wheels"),
-             f"torch=={version}"], check=True,
-        )
+        _torch_wheel(context / "wheels")
         engine.docker("build", "--network", "host", "-t", BASE, "-f", str(context / "Dockerfile"), str(context))
         partial = archive.with_suffix(".partial")
         engine.docker("save", "-o", str(partial), BASE)
@@ -153,13 +200,14 @@ def _make_base(engine: Engine, archive: Path) -> None:
 
 @pytest.fixture(scope="session")
 def engine(engine_parts: Engine) -> Engine:
-    """The engine, with the stub base in it."""
+    """The engine, with the stub base in it, under its own name and under NVIDIA's."""
     archive = cache_dir("stubs") / f"base-{_stub_key()}.tar"
     archive.parent.mkdir(parents=True, exist_ok=True)
     if archive.is_file():
         engine_parts.docker("load", "-i", str(archive))
     else:
         _make_base(engine_parts, archive)
+    engine_parts.docker("tag", BASE, NVIDIA)
     return engine_parts
 
 
@@ -168,24 +216,61 @@ def client(engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> A
     """The SDK's client of the engine; records of builds go to a folder of this test's own."""
     monkeypatch.setenv("DOCKER_HOST", engine.host)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(image_checks, "MEMORY_GIB", 1.0)  # nothing compiles CUDA here
     return connect()
 
 
+class Checkout:
+    """A copy of the checkout that a test may change."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
+            text=True, check=True,
+        ).stdout
+        for name in listed.split("\0"):
+            source = ROOT / name
+            if not name or name.startswith(("tests/", "docs/", "lab/")) or not (source.is_symlink() or source.exists()):
+                continue
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, root / name, follow_symlinks=False)
+
+    def stack(self, name: str, file: str) -> Path:
+        """Returns a file of a stack."""
+        return self.root / "docker" / "stacks" / name / file
+
+    def set_lock(self, text: str, stack: str = "2026.05") -> None:
+        """Makes `text` what pip installs from wheels."""
+        self.stack(stack, "requirements.lock").write_text(text, encoding="utf-8")
+
+    def shrink(self, stack: str = "2026.05", smoke: str = "") -> None:
+        """Leaves one package in a stack and `smoke` of the smoke test: a build of the baseline then takes seconds."""
+        self.set_lock(SIX, stack)
+        (self.root / "docker" / "smoke_test.py").write_text(smoke, encoding="utf-8")
+
+    def before_pip(self, command: str) -> None:
+        """Puts `command` in front of the first installation of a shrunk baseline."""
+        self.shrink()
+        dockerfile = self.root / "docker" / "Dockerfile"
+        text = dockerfile.read_text(encoding="utf-8")
+        install = "    python -m pip install"
+        assert install in text
+        dockerfile.write_text(text.replace(install, f"    {command} && \\\n{install}", 1), encoding="utf-8")
+
+    def stand_still(self) -> None:
+        """Makes the build stand still there; it says `standing still`."""
+        self.before_pip("echo standing still && sleep 301")
+
+    @staticmethod
+    def standing() -> list[str]:
+        """Returns the processes of a build that stands still, as `ps` lists them."""
+        found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        return [line for line in found.splitlines() if "sleep 301" in line and "pytest" not in line]
+
+
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A copy of the checkout whose stacks stand on the stub base."""
-    target = tmp_path / "checkout"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
-        text=True, check=True,
-    ).stdout
-    for name in listed.split("\0"):
-        source = ROOT / name
-        if not name or name.startswith(("tests/", "docs/", "lab/")) or not (source.is_symlink() or source.exists()):
-            continue
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, target / name, follow_symlinks=False)
-    for path in (target / "docker" / "stacks").glob("*/stack.yaml"):
-        text = path.read_text(encoding="utf-8")
-        path.write_text(text.replace("nvcr.io/nvidia/pytorch:26.03-py3", BASE), encoding="utf-8")
-    return target
+def checkout(tmp_path: Path) -> Checkout:
+    """A copy of the checkout, for tests that change it."""
+    return Checkout(tmp_path / "checkout")

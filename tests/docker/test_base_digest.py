@@ -17,7 +17,7 @@ import pytest
 from sparktune.setup.machine.image import Stack, prepare_base
 from sparktune.setup.plan.errors import PreflightError
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(300), pytest.mark.xdist_group("docker-engine")]
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800), pytest.mark.xdist_group("docker-engine")]
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
-"""install.sh's program on a real engine: its verdicts, and that it removes what it made and nothing else."""
+"""install.sh on a real engine: its verdicts, and that it removes what it made and nothing else."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,66 +13,90 @@ from typing import Any
 import pytest
 
 from sparktune.setup import install
-from sparktune.setup.machine import image_checks
 from sparktune.setup.machine.docker_backend import RUN_LABEL
 from sparktune.setup.machine.image import HASH_LABEL
 from sparktune.setup.plan.rundir import cache_dir
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(2400), pytest.mark.xdist_group("docker-engine")]
 ROOT = Path(__file__).resolve().parents[2]
-SIX = "six==1.17.0 --hash=sha256:4721f391ed90541fddacab5acf947aa0d3dc7d27b2e1e8eda2be8970586c3274\n"
 
 
-def _small(checkout: Path, monkeypatch: pytest.MonkeyPatch, smoke: str) -> None:
-    """Makes the stack one package and the smoke test one line, so that a build takes seconds."""
-    monkeypatch.setattr(install, "program_root", lambda: checkout)
-    monkeypatch.setattr(image_checks, "DISK_WITH_BASE_GIB", 4.0)
-    monkeypatch.setattr(image_checks, "MEMORY_GIB", 0.5)
-    (checkout / "docker" / "stacks" / "2026.05" / "requirements.lock").write_text(SIX, encoding="utf-8")
-    (checkout / "docker" / "smoke_test.py").write_text(
-        f"import sys\nif '--build' not in sys.argv:\n    print('''{smoke}''')\n", encoding="utf-8"
-    )
+@pytest.fixture
+def sized(checkout: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the program build a checkout of one package whose smoke test prints what a test wants."""
+    def smoke(status: str, detail: str) -> None:
+        line = json.dumps({"check": "one", "status": status, "seconds": 0.1, "detail": detail})
+        checkout.shrink(smoke=f"import sys\nif '--build' not in sys.argv:\n    print('''{line}''')\n")
 
-
-def _line(status: str, detail: str) -> str:
-    return json.dumps({"check": "one", "status": status, "seconds": 0.1, "detail": detail})
+    monkeypatch.setattr(install, "program_root", lambda: checkout.root)
+    return smoke
 
 
 @pytest.mark.parametrize(
     ("status", "detail", "code", "word"),
-    [("pass", "fine", 0, "Installed"), ("fail", "wrong", 1, "Not installed"),
+    [("pass", "fine", 0, "Installed"), ("fail", "CUDA error: no kernel image is available", 1, "Not installed"),
      ("skip", "needs a CUDA device; none is visible here", 75, "not tested on a GPU")],
 )
 def test_the_exit_code_says_what_was_tested(
-    client: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str,
-    detail: str, code: int, word: str,
+    client: Any, engine: Any, sized: Any, capsys: pytest.CaptureFixture[str], status: str, detail: str, code: int,
+    word: str,
 ) -> None:
-    _small(checkout, monkeypatch, _line(status, detail))
+    sized(status, detail)
     assert install.main(["--baseline", "--json", "--plain"]) == code
-    said = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    said = json.loads(shown.out)
     assert said["code"] == code
     assert word in said["verdict"]
     assert ("Installed" in said["verdict"]) == (code == 0)
     assert said["image"]["tag"].startswith("sparktune:2026.05-baseline-")
-    assert client.containers.list(all=True) == []
+    assert [c["check"] for c in said["checks"]] == ["memory", "disk", "driver", "image (baseline)", "one"]
+    assert ("no code for sm_121" in shown.err) == (code == 1), "a failed check is diagnosed"
+    assert engine.idle()
 
 
-def test_a_full_disk_stops_before_the_first_byte(
-    client: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_script_itself_without_a_gpu(client: Any, engine: Any) -> None:
+    """The checkout as it is, its real smoke test: everything but the GPU passes, and it never says installed."""
+    done = subprocess.run([ROOT / "install.sh", "--plain"], capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Built, but not tested on a GPU" in done.stdout
+    assert "Installed" not in done.stdout
+    results = dict(re.findall(r"^(\w+) +(pass|fail|skip) +\d", done.stdout, flags=re.M))
+    assert {name for name, result in results.items() if result == "pass"} >= {
+        "memory", "disk", "torch_unchanged", "pip_check", "package", "stack", "llama_cpp"}
+    assert {name for name, result in results.items() if result == "skip"} >= {"triton_kernel", "unsloth_first"}
+    for line in (r"^tag: +sparktune:2026\.05-opt-[0-9a-f]{12}$", r"^image id: +sha256:", r"^base: +sha256:",
+                 r"^build log: +/.*2026\.05-opt\.log$"):
+        assert re.search(line, done.stdout, flags=re.M), done.stdout
+    assert engine.idle()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [(["--frobnicate"], 2, "unrecognized arguments"), (["--stack", "2025.01"], 2, "2026.05, 2026.10"),
+     (["--rebuild=twice"], 2, "invalid choice")],
+)
+def test_wrong_use(client: Any, arguments: list[str], code: int, words: str) -> None:
+    command = [sys.executable, "-P", "-m", "sparktune.setup.install", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert words in done.stderr
+
+
+def test_too_little_disk_is_a_missing_prerequisite(
+    client: Any, engine: Any, sized: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _small(checkout, monkeypatch, "")
-    monkeypatch.setattr(image_checks, "DISK_WITH_BASE_GIB", 1e6)
-    assert install.main(["--baseline", "--plain"]) == 3
+    sized("pass", "fine")
+    with engine.almost_full(5 * 2**30):
+        assert install.main(["--baseline", "--plain"]) == 3
     said = " ".join(capsys.readouterr().out.split())
     assert "Not built" in said
     assert "GiB is free" in said
 
 
-def test_uninstall_removes_ours_and_nothing_else(
-    client: Any, engine: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _small(checkout, monkeypatch, _line("pass", "fine"))
+def test_uninstall_removes_ours_and_nothing_else(client: Any, engine: Any, sized: Any) -> None:
+    sized("pass", "fine")
     assert install.main(["--baseline", "--plain"]) == 0
+    assert sorted(p.name for p in cache_dir("images").iterdir()) >= ["2026.05-baseline.freeze.txt"]
     client.containers.create("sparktune-stub-base:test", "true", labels={RUN_LABEL: "/x"}, network_mode="none")
     theirs = client.containers.create("sparktune-stub-base:test", "true", network_mode="none")
     engine.docker("tag", "sparktune-stub-base:test", "sparktune:not-ours")
@@ -83,8 +109,10 @@ def test_uninstall_removes_ours_and_nothing_else(
     client.images.remove("sparktune:not-ours")
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.opt"])
-def test_hadolint_finds_nothing(name: str) -> None:
-    tool = Path(sys.executable).parent / "hadolint"
-    done = subprocess.run([tool, ROOT / "docker" / name], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "")
+def test_the_locks_resolve_for_aarch64_as_they_stand() -> None:
+    """uv resolves both stacks for aarch64 and Python 3.12 from wheels alone, as the index stood on their day."""
+    script, uv = ROOT / "docker" / "stacks" / "lock.sh", Path(sys.executable).parent / "uv"
+    done = subprocess.run(
+        [script, "--check"], capture_output=True, text=True, check=False, env={**os.environ, "UV": str(uv)}
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

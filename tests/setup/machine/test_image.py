@@ -7,13 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
+from sparktune.setup.arguments import parse
 from sparktune.setup.build_progress import build_line
-from sparktune.setup.machine.docker_backend import mounts_of, needs_network
+from sparktune.setup.export import llama_build, llama_cpp
+from sparktune.setup.machine.backends import choose_backend
+from sparktune.setup.machine.docker_backend import ImageOptions, container_options, mounts_of, needs_network
 from sparktune.setup.machine.image import FLAVOURS, image_inputs, input_hash, load_stack, stacks
 from sparktune.setup.machine.image_build import Progress, steps_of
 from sparktune.setup.plan.errors import UsageError
@@ -198,3 +204,80 @@ def test_the_smoke_test_prints_json_lines_and_says_what_needs_a_gpu() -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["check"]: row["status"] for row in rows} == {"triton_kernel": "skip", "llama_cpp": "skip"}
     assert done.returncode == 75
+
+
+@pytest.mark.parametrize("name", [*FLAVOURS.values(), "docker/stub/Dockerfile"])
+def test_hadolint_finds_nothing(name: str) -> None:
+    tool = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([tool, ROOT / name], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_an_image_holds_what_our_package_declares() -> None:
+    """Every stack has each of our own requirements at a version that pyproject.toml allows.
+
+    torch is the base's; cmake and ninja compile what the image has compiled already.
+    """
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [Requirement(r) for r in (*declared["dependencies"], *declared["optional-dependencies"]["wizard"],
+                                       *declared["optional-dependencies"]["train"])
+              if not re.match(r"(torch|cmake|ninja)\b", r)]
+    for stack in stacks(ROOT):
+        found = {"numpy": "1.26.4", **pins(STACKS / stack / "requirements.lock")}
+        for need in wanted:
+            if need.marker is None or need.marker.evaluate({"platform_machine": "aarch64"}):
+                assert need.specifier.contains(found[need.name.lower().replace("_", "-")]), f"{stack}: {need}"
+
+
+def test_the_image_and_the_gguf_stage_mean_the_same_llama_cpp() -> None:
+    lock = (STACKS / "llama-cpp.lock").read_text(encoding="utf-8")
+    commit = re.findall(r"^# commit: ([0-9a-f]{40})$", lock, flags=re.M)
+    assert commit == [llama_cpp.COMMIT]
+    assert f"{llama_cpp.PACKAGE} --hash=sha256:{llama_cpp.SDIST_SHA256}\n" in lock
+    assert set(llama_build.PROGRAMS) <= set(re.findall(
+        r"llama-[a-z]+", re.findall(r"^programs=\((.*)\)$", (ROOT / "docker/build_llama.sh").read_text(), flags=re.M)[0]
+    ))
+
+
+def test_a_second_machine_and_a_token_change_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    token = tmp_path / "token"
+    run = RunDir(name="r", results_root=tmp_path / "results", output_root=tmp_path / "output")
+    engine = SimpleNamespace(networks=SimpleNamespace(list=lambda names: ["bridge"]))
+
+    def options(stage: str, model: str) -> dict[str, Any]:
+        return container_options(engine, stage, run, Plan(model=model, output=tmp_path / "output"), gpus=True,
+                                 image="i", token=token, interface="enp1s0f0np0")
+
+    train = options("train", "Qwen/Qwen3.5-2B")
+    assert train["network_mode"] == "host"
+    assert train["environment"]["NCCL_SOCKET_IFNAME"] == train["environment"]["GLOO_SOCKET_IFNAME"] == "enp1s0f0np0"
+    assert train["volumes"][str(token)] == {"bind": "/run/secrets/hub", "mode": "ro"}
+    assert train["device_requests"][0]["Capabilities"] == [["gpu"]]
+    assert {u["Name"]: u["Soft"] for u in train["ulimits"]} == {"memlock": -1, "stack": 67108864}
+    report = options("report", "Qwen/Qwen3.5-2B")
+    assert report["network_mode"] == "none"
+    assert str(token) not in report["volumes"]
+    assert options("prepare", "Qwen/Qwen3.5-2B")["network_mode"] == "bridge"
+    local = options("prepare", str(tmp_path))
+    assert local["network_mode"] == "none"
+    assert str(token) not in local["volumes"]
+
+
+def test_what_is_wanted_of_an_image_needs_a_backend_with_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--rebuild, --dev-mount is about the Docker image"):
+        choose_backend(Plan(model=str(tmp_path), backend="local"), ImageOptions(rebuild="clean", dev_mount=True))
+    assert choose_backend(Plan(model=str(tmp_path), backend="local"), ImageOptions())[0].name == "local"
+
+
+@pytest.mark.parametrize(
+    ("words", "rebuild", "command", "run"),
+    [(["--rebuild", "resume", "r"], "yes", "resume", "r"), (["resume", "r", "--rebuild=clean"], "clean", "resume", "r"),
+     (["--rebuild"], "yes", "run", None), ([], "no", "run", None), (["--rebuild", "clean"], "clean", "run", None)],
+)
+def test_rebuild_takes_a_value_only_where_one_is_meant(
+    words: list[str], rebuild: str, command: str, run: str | None
+) -> None:
+    arguments = parse(words)
+    assert (arguments.image.rebuild, arguments.command, arguments.run) == (rebuild, command, run)
