@@ -116,7 +116,8 @@ def duration(seconds: float) -> str:
     hours, rest = divmod(minutes, 60)
     if hours < 48:
         return f"{hours} h {rest} min" if rest and hours < 12 else f"{round(minutes / 60)} h"
-    return f"{hours // 24} d {hours % 24} h"
+    days, rest = divmod(round(minutes / 60), 24)
+    return f"{days} d {rest} h"
 
 
 def work_of(stage: str, plan: Plan, spec: ModelSpec, report: DatasetReport) -> float:

@@ -1,6 +1,8 @@
-"""The recommendation table: (model, data, machine) -> plan. The expected values were written first, from the published
-rules: LoRA up to 50,000 examples, full from 100,000 with 200M tokens, QLoRA where the bf16 base does not fit, rank 16 for
-little data, 32 below 10,000, 128 as the published recipe, one step up for short contexts; 2e-4 for adapters."""
+"""The recommendation table: (model, data, machine) -> plan, its expected values written first.
+
+Published rules: LoRA up to 50,000 examples, full from 100,000 with 200M tokens, QLoRA where the bf16 base does not fit,
+rank 16 for little data, 32 below 10,000, 128 as in the recipe, one step up for short contexts; 2e-4 for adapters.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ TABLE = [
     Row("2B", GB10, 400_000, 500, "full", None, 2e-5, (2048, 8192)),
     Row("0.8B", GB10, 100_000, 3000, "full", None, 2e-5, (4096, 8192)),
     Row("4B", GB10, 100_000, 3000, "full", None, 1e-5, (2048, 8192)),  # 4.2B parameters: 8-bit moments, smaller steps
-    Row("9B", GB10, 100_000, 3000, "lora", 128, 2e-4, (1024, 8192)),   # full: 12 bytes a parameter, 8-bit moments or not
+    Row("9B", GB10, 100_000, 3000, "lora", 128, 2e-4, (1024, 8192)),   # full: 12 bytes a parameter, even in 8 bits
     Row("27B", GB10, 100_000, 3000, "lora", 128, 2e-4, (1024, 8192)),  # full does not fit
     Row("2B", H200, 100_000, 3000, "full", None, 2e-5, (4096, 8192)),
     Row("9B", H200, 100_000, 3000, "full", None, 1e-5, (1024, 8192)),
@@ -123,7 +125,8 @@ def test_table(row: Row) -> None:
     assert row.pack[0] <= plan.pack_length <= row.pack[1]
     assert plan.pack_length % 128 == 0
     assert plan.mtp == row.mtp
-    assert plan.gradient_accumulation is not None and plan.gradient_accumulation >= 1
+    assert plan.gradient_accumulation is not None
+    assert plan.gradient_accumulation >= 1
     assert plan.num_epochs == 3.0
     for item in found:
         assert len(item.reason) > 10, item
