@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-__all__ = ["GradColumns", "grad_columns", "split_columns"]
+__all__ = ["GradColumns", "carry_place", "grad_columns", "split_columns"]
 
 
 class _Slab:
@@ -118,3 +118,13 @@ def grad_columns(x: torch.Tensor) -> GradColumns | None:
     part = x if x._base is None else x._base
     place: GradColumns | None = getattr(part, "grad_columns", None)
     return place if place is not None and part.numel() == x.numel() and part.data_ptr() == x.data_ptr() else None
+
+
+def carry_place(part: torch.Tensor, alias: torch.Tensor) -> None:
+    """Tells `alias`, a detached alias of a part, where the part's gradient belongs; nothing happens to other tensors.
+
+    For a backward pass cut in two at this tensor: the gradient of the alias is handed to the part.
+    """
+    place: GradColumns | None = getattr(part, "grad_columns", None)
+    if place is not None:
+        alias.grad_columns = place

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sparktune.kernels.columns import carry_place
 from sparktune.kernels.modules import Row
 from sparktune.training.tower import Block, TextTower
 
@@ -33,7 +34,12 @@ class _Stage:
 
 
 def _leaf(x: torch.Tensor | None, needs_gradient: bool) -> torch.Tensor | None:
-    return None if x is None else x.detach().requires_grad_(needs_gradient)
+    """Returns x cut off from the graph that made it; where x's gradient belongs (kernels/columns.py) goes along."""
+    if x is None:
+        return None
+    leaf = x.detach().requires_grad_(needs_gradient)
+    carry_place(x, leaf)
+    return leaf
 
 
 class StagedPasses:

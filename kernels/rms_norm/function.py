@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparktune.kernels.columns import grad_columns
 from sparktune.kernels.rms_norm.triton import rms_norm_bwd, rms_norm_fwd
 
 __all__ = ["add_rms_norm_fused", "rms_norm_fused"]
@@ -39,6 +40,7 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, zero_centred: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.place = grad_columns(x)
         y, h, rstd = rms_norm_fwd(_rows(x), _rows(residual), weight, eps, zero_centred)
         ctx.save_for_backward(h, rstd, weight)
         ctx.zero_centred = zero_centred
@@ -52,7 +54,8 @@ class _AddRMSNorm(torch.autograd.Function):
             return dh, dh, None, None, None
         h, rstd, weight = ctx.saved_tensors
         dx, dw = rms_norm_bwd(
-            _rows(dy), h, rstd, weight, None if dh is None else _rows(dh), ctx.zero_centred, ctx.needs_input_grad[2]
+            _rows(dy), h, rstd, weight, None if dh is None else _rows(dh), ctx.zero_centred, ctx.needs_input_grad[2],
+            None if ctx.place is None else ctx.place.claim(),
         )
         dx = dx.view(dy.shape)
         return dx, dx, dw, None, None
@@ -84,7 +87,8 @@ def add_rms_norm_fused(
         weight: [H].
 
     Returns:
-        (y, h), both [..., H] in x's dtype. The backward adds the gradients of both in one launch.
+        (y, h), both [..., H] in x's dtype. The backward adds the gradients of both in one launch, and writes the sum
+        where x's belongs if x is a part of `split_columns`.
 
     Raises:
         ValueError: shapes or dtypes of x and residual differ.

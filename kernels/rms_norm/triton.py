@@ -47,6 +47,7 @@ def rms_norm_fwd_kernel(
 @triton.jit
 def rms_norm_bwd_kernel(
     dy, h, rstd, weight, dresidual, dh, dw_partial, n_rows, n_programs, stride_dy, stride_h, stride_dr,
+    stride_dh,
     H: tl.constexpr, BH: tl.constexpr, ZERO_CENTRED: tl.constexpr, ADD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
 ):
     """Grid (P,): a program owns rows p, p + P, p + 2P, ... and one row of the partial weight gradient."""
@@ -69,7 +70,7 @@ def rms_norm_bwd_kernel(
         b_dh = (b_dn - b_n * (tl.sum(b_dn * b_n, 0) / H)) * b_r
         if ADD:
             b_dh += tl.load(dresidual + i_n * stride_dr + o_h, mask=m_h, other=0.0).to(tl.float32)
-        tl.store(dh + i_n * H + o_h, b_dh.to(dh.dtype.element_ty), mask=m_h)
+        tl.store(dh + i_n * stride_dh + o_h, b_dh.to(dh.dtype.element_ty), mask=m_h)
     if WEIGHT_GRAD:
         tl.store(dw_partial + i_p * H + o_h, b_dw, mask=m_h)
 
@@ -108,18 +109,21 @@ def rms_norm_fwd(
 
 def rms_norm_bwd(
     dy: torch.Tensor, h: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, dresidual: torch.Tensor | None,
-    zero_centred: bool, weight_grad: bool,
+    zero_centred: bool, weight_grad: bool, out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns dh [N, H] (the residual's gradient already added) and dw [H] in weight's dtype, or None if not asked."""
+    """Returns dh [N, H] (the residual's gradient already added) and dw [H] in weight's dtype, or None if not asked.
+
+    dh goes to `out`, a view with contiguous rows, or to a new tensor.
+    """
     n_rows, width = h.shape
-    dh = torch.empty((n_rows, width), dtype=h.dtype, device=h.device)
+    dh = torch.empty((n_rows, width), dtype=h.dtype, device=h.device) if out is None else out
     programs = min(n_rows, WEIGHT_GRAD_PROGRAMS) if weight_grad else n_rows
     partial = torch.empty((programs, width), dtype=torch.float32, device=h.device) if weight_grad else rstd
     if n_rows:
         block = triton.next_power_of_2(width)
         rms_norm_bwd_kernel[(programs,)](
             dy, h, rstd, weight, dy if dresidual is None else dresidual, dh, partial, n_rows, programs,
-            dy.stride(0), h.stride(0), 0 if dresidual is None else dresidual.stride(0),
+            dy.stride(0), h.stride(0), 0 if dresidual is None else dresidual.stride(0), dh.stride(0),
             H=width, BH=block, ZERO_CENTRED=zero_centred, ADD=dresidual is not None, WEIGHT_GRAD=weight_grad,
             num_warps=_num_warps(block),
         )

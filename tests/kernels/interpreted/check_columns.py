@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from sparktune.kernels.columns import grad_columns, split_columns
+from sparktune.kernels.columns import carry_place, grad_columns, split_columns
+from sparktune.kernels.rms_norm.function import add_rms_norm_fused
+from sparktune.kernels.rms_norm.reference import add_rms_norm_reference
 from sparktune.kernels.silu_mul.function import silu_mul_fused
 
 
@@ -21,6 +23,31 @@ def test_silu_mul_writes_the_grouped_gradient_without_a_copy(monkeypatch):
     assert not [c for c in copies if c.shape == gate.shape and c.stride() == (12, 1)]
     ref = torch.nn.functional.silu(product[:, :6]) * product[:, 6:]
     torch.testing.assert_close(d, torch.autograd.grad(ref, product, seed)[0])
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_norm_writes_the_product_s_gradient_without_a_copy(cut):
+    """Also where the backward pass is cut in two between the product and the norm (training/stages.py)."""
+    product, residual = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    weight, seeds = torch.randn(8), (torch.randn(5, 8), torch.randn(5, 8))
+    (part,) = split_columns(product, (8,))
+    x = part
+    if cut:
+        x = part.detach().requires_grad_()
+        carry_place(part, x)
+    outputs = add_rms_norm_fused(x, residual, weight, 1e-6, zero_centred=True)
+    if cut:
+        d_part, d_residual = torch.autograd.grad(outputs, (x, residual), seeds)
+        assert grad_columns(part) is not None
+        (d_product,) = torch.autograd.grad(part, product, d_part)
+    else:
+        d_product, d_residual = torch.autograd.grad(outputs, (product, residual), seeds)
+    ref = torch.autograd.grad(
+        add_rms_norm_reference(product, residual, weight, 1e-6, zero_centred=True), (product, residual), seeds
+    )
+    torch.testing.assert_close(d_product, ref[0])
+    torch.testing.assert_close(d_residual, ref[1])
+    assert d_product.data_ptr() == d_residual.data_ptr(), "both are one tensor: nobody copied it"
 
 
 def test_a_part_that_nobody_uses_has_a_zero_gradient():
