@@ -17,8 +17,10 @@ from sparktune.setup.runstate import EVALUATION_FIELDS
 
 __all__ = ["COMMANDS", "WITH_RUN", "Arguments", "parse"]
 
-COMMANDS = ("doctor", "analyze", "plan", "resume", "runs", "evaluate", "chat")
+COMMANDS = ("doctor", "analyze", "plan", "resume", "runs", "evaluate", "chat", "diagnose")
 WITH_RUN = ("resume", "evaluate", "chat")
+_NAMED = {**dict.fromkeys(WITH_RUN, 1), "diagnose": 1, "runs": 8}
+"""Command -> how many names it takes at most."""
 _WHERE = ("results", "output", "backend")
 """Fields that say where runs are and where they run, which commands on an existing run may be given."""
 _REBUILD = ("yes", "clean", "no")
@@ -42,7 +44,9 @@ class Arguments:
     command: str
     """A name of COMMANDS, or "run"."""
     run: str | None
-    """The run that resume, evaluate and chat work on."""
+    """The run that resume, evaluate and chat work on; what diagnose reads."""
+    names: list[str]
+    """The runs that `runs` compares."""
     flags: dict[str, Any]
     """Plan fields given on the command line."""
     config: Path | None
@@ -62,7 +66,7 @@ def _make_parser() -> _Parser:
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", nargs="?", help=strings.HELP_COMMAND)
-    parser.add_argument("run", nargs="?", metavar="RUN", help=strings.HELP_RUN)
+    parser.add_argument("names", nargs="*", metavar="RUN", help=strings.HELP_RUN)
     parser.add_argument("--demo", action="store_true", help=strings.HELP_DEMO)
     parser.add_argument("--config", dest="config_file", type=Path, metavar="FILE", help=strings.HELP_CONFIG)
     parser.add_argument("--non-interactive", action="store_true", help=strings.HELP_NON_INTERACTIVE)
@@ -97,12 +101,12 @@ def parse(argv: Sequence[str]) -> Arguments:
         flag = next((u for u in unknown if u.startswith("-")), unknown[0])
         name = flag.split("=")[0]
         raise UsageError(strings.UNKNOWN_FLAG.format(given=name, nearest=_nearest(name, parser.flag_names())))
-    command, run, flags = known.command or "run", known.run, given_flags(known)
+    command, names, flags = known.command or "run", known.names, given_flags(known)
     if command not in (*COMMANDS, "run") or (command == "run" and known.command):
         raise UsageError(strings.UNKNOWN_COMMAND.format(given=command, nearest=_nearest(command, COMMANDS)))
-    if run is not None and command not in WITH_RUN:
-        raise UsageError(strings.RUN_UNEXPECTED.format(command=known.command, run=run))
-    if command in (*WITH_RUN, "runs"):
+    if len(names) > _NAMED.get(command, 0):
+        raise UsageError(strings.RUN_UNEXPECTED.format(command=known.command, run=names[_NAMED.get(command, 0)]))
+    if command in (*WITH_RUN, "runs", "diagnose"):
         allowed = (*_WHERE, *(EVALUATION_FIELDS if command == "evaluate" else ()))
         refused = [flag_of(f) for f in flags if f not in allowed] + (["--config"] if known.config_file else [])
         if refused:
@@ -113,8 +117,9 @@ def parse(argv: Sequence[str]) -> Arguments:
         if refused:
             raise UsageError(strings.DEMO_ALONE.format(flags=", ".join(refused)))
     return Arguments(
-        command=command, run=run, flags=flags, config=known.config_file, demo=known.demo,
-        non_interactive=known.non_interactive, dry_run=known.dry_run, json_out=known.json_out, plain=known.plain,
+        command=command, run=names[0] if names else None, names=names, flags=flags,
+        config=known.config_file, demo=known.demo, non_interactive=known.non_interactive,
+        dry_run=known.dry_run, json_out=known.json_out, plain=known.plain,
         yes=known.yes,
         image=ImageOptions(rebuild=known.rebuild, dev_mount=known.dev_mount),
     )

@@ -16,7 +16,8 @@ from rich.text import Text
 
 from sparktune.setup import strings
 from sparktune.setup.export.handover import result_lines
-from sparktune.setup.machine.doctor import Check
+from sparktune.setup.machine.check import Check
+from sparktune.setup.machine.diagnose import Finding
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, Plan, Recommendation
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from sparktune.setup.outlook import Outlook  # stands on the pipeline, which shows these cards
 
 __all__ = [
-    "checks_table", "first_and_last_loss", "next_steps", "outlook_table", "plan_table", "report_tables", "result_table",
-    "size_of",
+    "checks_table", "findings_table", "first_and_last_loss", "next_steps", "outlook_table", "plan_table",
+    "report_tables", "result_table", "size_of",
 ]
 
 _ALWAYS = ("model", "data", "mode", "engine", "num_epochs", "eval_split", "max_seq_length", "mtp", "gguf", "backend")
@@ -46,6 +47,15 @@ def checks_table(checks: Sequence[Check]) -> Table:
     table = _table(strings.CHECKS_TITLE, "check", "", "seen", "what to do")
     for check in checks:
         table.add_row(check.name, Text(check.status, _STATUS[check.status]), escape(check.seen), escape(check.fix))
+    return table
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """Shows known failures: the line that met them, the cause, what to do."""
+    table = _table(strings.FINDINGS_TITLE, "failure", "seen", "cause and what to do")
+    for finding in findings:
+        style = "yellow" if finding.warning else "bold red"
+        table.add_row(Text(finding.name, style), Text(finding.line[:300]), escape(finding.sentence()))
     return table
 
 

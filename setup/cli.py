@@ -7,20 +7,21 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from sparktune.setup import strings
 from sparktune.setup.arguments import Arguments, parse
-from sparktune.setup.cards import checks_table, first_and_last_loss, plan_table, report_tables
+from sparktune.setup.cards import checks_table, findings_table, plan_table, report_tables
 from sparktune.setup.machine.backends import chat_process
 from sparktune.setup.machine.detect import detect_machine
 from sparktune.setup.machine.doctor import failures, machine_checks, run_checks
+from sparktune.setup.machine.symptoms import diagnose_source, machine_symptoms
 from sparktune.setup.pipeline import (
     Analysis,
     StageFailed,
@@ -39,7 +40,8 @@ from sparktune.setup.plan.schema import Plan
 from sparktune.setup.plan.trainable import check_trainable
 from sparktune.setup.progress import make_display
 from sparktune.setup.replay import replay_command
-from sparktune.setup.runstate import EVALUATION_FIELDS, RunState, stages_of
+from sparktune.setup.runs import compare, compare_table, describe, runs_in, runs_table
+from sparktune.setup.runstate import EVALUATION_FIELDS
 
 __all__ = ["main"]
 
@@ -160,52 +162,61 @@ def _plan_of(session: _Session, asked: Plan, made: Analysis | None) -> int:
     return _with_analysis(session, show, asked, made)
 
 
-def _runs_in(results: Path) -> list[Path]:
-    return sorted(p.parent for p in results.glob("*/plan.yaml") if not p.parent.name.startswith("."))
-
-
 def _runs(session: _Session) -> int:
+    """Lists the runs, or compares those that are named."""
+    if session.arguments.names:
+        found = compare([_root_of(session, name) for name in session.arguments.names])
+        if session.arguments.json_out:
+            session.print_json(found)
+        else:
+            session.data.print(compare_table(found))
+        return ExitCode.OK
     rows: list[dict[str, Any]] = []
-    for root in _runs_in(session.plan().results):
+    for root in runs_in(session.plan().results):
         try:
-            plan = load_plan(root / "plan.yaml")
-            run = RunDir.from_root(root, plan.output)
-            done = [s for s in stages_of(plan) if s in RunState(run).stages]
-            losses = first_and_last_loss(run.metrics)
+            rows.append(describe(root))
         except (SparktuneError, ValueError) as error:
             session.messages.print(escape(f"{root}: {error}"), style="yellow", highlight=False, soft_wrap=True)
-            continue
-        finished = len(done) == len(stages_of(plan))
-        rows.append({
-            "name": root.name, "mode": plan.mode, "model": plan.model, "finished": finished, "stages_done": done,
-            "first_loss": losses[0] if losses else None, "last_loss": losses[1] if losses else None, "path": str(root),
-        })
     if session.arguments.json_out:
         session.print_json(rows)
-        return ExitCode.OK
-    table = Table(box=None, pad_edge=False)
-    for name in ("run", "mode", "model", "state", "loss"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        state = "finished" if row["finished"] else f"after {row['stages_done'][-1]}" if row["stages_done"] else "begun"
-        loss = f"{row['first_loss']:.4f} -> {row['last_loss']:.4f}" if row["last_loss"] is not None else ""
-        table.add_row(row["name"], row["mode"], escape(row["model"]), state, loss)
-    session.data.print(table)
+    else:
+        session.data.print(runs_table(rows) if rows else strings.NO_RUNS_YET)
+    return ExitCode.OK
+
+
+def _diagnose(session: _Session) -> int:
+    """Says what a log, a run, or (without a name) this machine's state is known for."""
+    name = session.arguments.run
+    found = machine_symptoms()
+    if name is not None:
+        found = diagnose_source(name, session.plan().results) + found
+    if session.arguments.json_out:
+        session.print_json([asdict(f) for f in found])
+    elif found:
+        session.data.print(findings_table(found))
+    else:
+        session.data.print(strings.NOTHING_KNOWN.format(source=name or strings.THIS_MACHINE))
     return ExitCode.OK
 
 
 # -- commands on a run
 
 
-def _run_root(session: _Session) -> Path:
-    arguments, results = session.arguments, session.plan().results
-    there = ", ".join(p.name for p in _runs_in(results)) or strings.NO_RUNS
-    if arguments.run is None:
-        raise UsageError(strings.RUN_NEEDED.format(command=arguments.command, runs=there))
-    for root in (results / arguments.run, Path(arguments.run).absolute()):
+def _root_of(session: _Session, name: str) -> Path:
+    results = session.plan().results
+    for root in (results / name, Path(name).absolute()):
         if (root / "plan.yaml").is_file():
             return root
-    raise UsageError(strings.RUN_UNKNOWN.format(name=arguments.run, path=results / arguments.run, runs=there))
+    there = ", ".join(p.name for p in runs_in(results)) or strings.NO_RUNS
+    raise UsageError(strings.RUN_UNKNOWN.format(name=name, path=results / name, runs=there))
+
+
+def _run_root(session: _Session) -> Path:
+    arguments = session.arguments
+    if arguments.run is None:
+        there = ", ".join(p.name for p in runs_in(session.plan().results)) or strings.NO_RUNS
+        raise UsageError(strings.RUN_NEEDED.format(command=arguments.command, runs=there))
+    return _root_of(session, arguments.run)
 
 
 def _resume(session: _Session, only: str | None = None) -> int:
@@ -308,8 +319,8 @@ def _run(session: _Session) -> int:
 
 
 _COMMANDS: dict[str, Callable[[_Session], int]] = {
-    "run": _run, "doctor": _doctor, "analyze": _analyze, "plan": _plan, "runs": _runs, "resume": _resume,
-    "evaluate": lambda session: _resume(session, "evaluate"), "chat": _chat,
+    "run": _run, "doctor": _doctor, "analyze": _analyze, "plan": _plan, "runs": _runs, "diagnose": _diagnose,
+    "resume": _resume, "evaluate": lambda session: _resume(session, "evaluate"), "chat": _chat,
 }
 
 

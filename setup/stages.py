@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from sparktune.setup import strings
 from sparktune.setup.machine.backends import Backend, StopSignals
+from sparktune.setup.machine.diagnose import diagnose
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
@@ -19,6 +20,7 @@ from sparktune.setup.runstate import RunLock
 __all__ = ["StageFailed", "StageRunner"]
 
 _LOG_TAIL_LINES = 15
+_KILLED = 137
 
 
 class StageFailed(SparktuneError):
@@ -115,10 +117,14 @@ class StageRunner:
             self.display.say(text, "warning" if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED) else "error")
         if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
             return
+        with self.run.log.open("rb") as log:
+            log.seek(log_start)
+            text = log.read().decode("utf-8", errors="replace")
         if not errors or code not in set(ExitCode) - {ExitCode.FAILURE}:
-            with self.run.log.open("rb") as log:
-                log.seek(log_start)
-                lines = log.read().decode("utf-8", errors="replace").splitlines()
             self.display.say(strings.LOG_TAIL.format(stage=stage, code=code, log=self.run.log), "error")
-            for line in lines[-_LOG_TAIL_LINES:]:
+            for line in text.splitlines()[-_LOG_TAIL_LINES:]:
                 self.display.say("    " + line)
+        if code == _KILLED:
+            self.display.say(strings.KILLED, "error")
+        for finding in diagnose("\n".join([*errors, text])):
+            self.display.say(strings.KNOWN_FAILURE.format(sentence=finding.sentence()), "warning")

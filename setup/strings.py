@@ -51,12 +51,13 @@ COMMANDS_HELP = """commands:
   analyze           read the data and describe it; runs nothing else
   plan              show the complete plan with the reason of every value; runs nothing
   resume RUN        go on with a stopped or failed run
-  runs              list the runs
+  runs [RUN ...]    list the runs; with two or more names, compare their plans, figures and answers
   evaluate RUN      evaluate a finished run again
   chat RUN          talk to the merged model of a run
+  diagnose [FILE]   say what a log, or a run, is known for; without a name, the state of this machine
 
 exit codes: 0 ok, 1 failure, 2 usage, 3 preflight, 4 data, 5 memory, 75 stopped and resumable, 130 interrupted"""
-HELP_COMMAND = "doctor, analyze, plan, resume, runs, evaluate or chat; the wizard when left out"
+HELP_COMMAND = "doctor, analyze, plan, resume, runs, evaluate, chat or diagnose; the wizard when left out"
 HELP_RUN = "for resume, evaluate and chat: the run's name, or its folder in results/"
 HELP_DEMO = "make a tiny model and data here and take them through the whole journey"
 HELP_NON_INTERACTIVE = "never ask; name everything that is missing and stop"
@@ -75,9 +76,22 @@ WHY_FLAG = "--non-interactive"
 WHY_STDIN = "standard input is not a terminal"
 WHY_CI = "CI is set"
 RUN_NEEDED = "`{command}` needs the name of a run: ./run.sh {command} RUN. The runs here: {runs}."
-RUN_UNEXPECTED = "`{command}` takes no run name, got {run!r}."
+RUN_UNEXPECTED = "`{command}` takes no name (or none more), got {run!r}."
 RUN_UNKNOWN = "There is no run {name} ({path} has no plan.yaml). The runs here: {runs}."
 NO_RUNS = "none"
+NO_RUNS_YET = "There are no runs here yet. Start one with ./run.sh"
+RUN_FINISHED = "finished"
+RUN_AFTER = "after {stage}"
+RUN_BEGUN = "begun"
+SAME_PLAN = "The plans are the same."
+FINDINGS_TITLE = "Known failures"
+NOTHING_KNOWN = "Nothing in {source} is a failure that is known here."
+THIS_MACHINE = "the state of this machine"
+KNOWN_FAILURE = "This is known: {sentence}"
+KILLED = (
+    "The kernel ended the process (exit code 137): the machine ran out of memory. Close other programs, lower "
+    "--pack-length, or pass --recompute layer."
+)
 FLAGS_WITH_RUN = (
     "`{command} RUN` works on the plan in the run's folder; {flags} would change it. Start a new run instead."
 )

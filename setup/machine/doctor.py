@@ -6,20 +6,19 @@ import importlib.util
 import os
 import platform
 import shutil
-import socket
 import sys
 import tempfile
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
+from sparktune.setup.machine import host_checks as host
 from sparktune.setup.machine.backends import choose_backend, program_root
+from sparktune.setup.machine.check import Check, failures, guarded
 from sparktune.setup.machine.detect import existing_parent, host_memory_gib, nvidia_gpus
+from sparktune.setup.machine.host_checks import hub_answers
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
-from sparktune.setup.plan.exports import BYTES_PER_WEIGHT, check_exports
+from sparktune.setup.plan.exports import BYTES_PER_WEIGHT, check_exports, written_types
 from sparktune.setup.plan.memory import adapter_parameters
 from sparktune.setup.plan.models import is_adapter_folder, probe, resolve_model_dir
 from sparktune.setup.plan.schema import ModelSpec, Plan
@@ -29,30 +28,6 @@ __all__ = ["Check", "disk_by_stage", "disk_need_gib", "failures", "machine_check
 
 _GIB = 2**30
 _MIN_MEMORY_GIB = 1.0
-_HUB_S = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One line of the preflight."""
-
-    name: str
-    status: Literal["ok", "warning", "failed"]
-    seen: str
-    """What was found."""
-    fix: str = ""
-    """What to do; empty when nothing is to be done."""
-    exit_code: int = ExitCode.PREFLIGHT
-    """What a run that this check stops exits with: a wrong --model is a usage error, missing data a data error."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the check as JSON values."""
-        return asdict(self)
-
-
-def failures(checks: list[Check]) -> list[Check]:
-    """Returns the checks that must be repaired before a run can start."""
-    return [c for c in checks if c.status == "failed"]
 
 
 def disk_by_stage(plan: Plan, spec: ModelSpec, base_gib: float | None = None) -> dict[str, float]:
@@ -73,7 +48,7 @@ def disk_by_stage(plan: Plan, spec: ModelSpec, base_gib: float | None = None) ->
         train = adapter_gib * (4 + 16 * (plan.keep_checkpoints + 1))
     return {
         "train": train, "merge": parameters_gib * 2 if base_gib is None else base_gib,
-        "gguf": sum(parameters_gib * BYTES_PER_WEIGHT.get(kind, 1.0) for kind in plan.gguf),
+        "gguf": sum(parameters_gib * BYTES_PER_WEIGHT.get(kind, 1.0) for kind in written_types(plan.gguf)),
     }
 
 
@@ -130,7 +105,6 @@ def _memory(plan: Plan) -> Check:
 def _hub_model(model: str) -> tuple[Path | None, bool]:
     """Returns the folder in the local cache that holds all of a hub model (or None), and whether the hub answers."""
     import huggingface_hub
-    from huggingface_hub import constants
 
     config = huggingface_hub.try_to_load_from_cache(model, "config.json")
     folder = Path(config).parent if isinstance(config, str) else None
@@ -139,20 +113,29 @@ def _hub_model(model: str) -> tuple[Path | None, bool]:
             safetensors_index(folder)
         except SparktuneError:
             folder = None  # interrupted, or only its config was looked at
-    if constants.HF_HUB_OFFLINE:
-        return folder, False
-    host = urllib.parse.urlsplit(constants.ENDPOINT)
-    port = host.port or (443 if host.scheme == "https" else 80)
-    if proxy := urllib.request.getproxies().get(host.scheme):
-        through = urllib.parse.urlsplit(proxy)
-        address = (through.hostname or "", through.port or 80)
-    else:
-        address = (host.hostname or "", port)
+    return folder, hub_answers()
+
+
+def _may_download(model: str) -> Check | None:
+    """Returns a failed check where the hub refuses the model's files to this user, None where it does not."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
     try:
-        socket.create_connection(address, timeout=_HUB_S).close()
-    except OSError:
-        return folder, False
-    return folder, True
+        huggingface_hub.auth_check(model)
+    except errors.GatedRepoError:
+        return Check(
+            name="model", status="failed", seen=f"{model} is gated, and this user has not been let in",
+            fix=f"Accept its terms on its page ({huggingface_hub.constants.ENDPOINT}/{model}), then: hf auth login",
+        )
+    except errors.RepositoryNotFoundError:
+        return Check(
+            name="model", status="failed", seen=f"the hub knows no model {model}, or hides it from this user",
+            fix="Check the spelling of --model; for a private model log in: hf auth login", exit_code=ExitCode.USAGE,
+        )
+    except (errors.HfHubHTTPError, OSError):
+        return None  # the hub is unwell; the download itself will say so
+    return None
 
 
 def _model(plan: Plan) -> tuple[Check, ModelSpec | None]:
@@ -172,6 +155,8 @@ def _model(plan: Plan) -> tuple[Check, ModelSpec | None]:
             name="model", status="failed", seen=f"{plan.model} is neither in the local cache nor is the hub reachable",
             fix="Connect once, or give --model a folder that holds the model.",
         ), None
+    if cached is None and (refused := _may_download(plan.model)):
+        return refused, None
     spec = probe(str(cached) if cached else plan.model)
     where = "in the local cache" if cached else "on the hub, will be downloaded"
     seen = f"{plan.model} ({where}): {spec.model_type}, {spec.parameters / 1e9:.2f} B parameters"
@@ -226,10 +211,12 @@ def _disk(plan: Plan, spec: ModelSpec | None) -> Check:
     if folder.is_dir():
         files = {p.resolve() for p in safetensors_index(resolve_model_dir(plan.model)).values()}
         base_gib = sum(p.stat().st_size for p in files) / _GIB
-    need = disk_need_gib(plan, spec, base_gib)
+    stages = disk_by_stage(plan, spec, base_gib)
+    need = sum(stages.values())
     # two roots may lie on two disks; each must hold all, which errs on the safe side
     free = min(shutil.disk_usage(existing_parent(p)).free for p in (plan.results, plan.output)) / _GIB
-    seen = f"{free:.1f} GiB free, this run writes about {need:.1f} GiB"
+    parts = ", ".join(f"{stage} {gib:.1f}" for stage, gib in stages.items())
+    seen = f"{free:.1f} GiB free, this run writes about {need:.1f} GiB ({parts})"
     if free < need:
         return Check(
             name="disk", status="failed", seen=seen,
@@ -239,57 +226,29 @@ def _disk(plan: Plan, spec: ModelSpec | None) -> Check:
     return Check(name="disk", status="ok", seen=seen)
 
 
-def _specs(plan: Plan) -> Check:
-    if (Path.cwd() / "specs").exists():
-        return Check(
-            name="specs", status="warning", seen=f"{Path.cwd()} holds `specs`",
-            fix="Runs are safe (stages work in the run folder); `python train.py` from here is not: gcc reads `specs` "
-            "while Triton compiles. Start it from another folder.",
-        )
-    return Check(name="specs", status="ok", seen="no `specs` in the working directory")
-
-
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
-    """Returns the check's result; one that cannot be made counts as failed, with its sentence."""
-    try:
-        return check()
-    except SparktuneError as error:
-        return Check(name=name, status="failed", seen=str(error), exit_code=error.exit_code)
-    except OSError as error:
-        return Check(name=name, status="failed", seen=str(error))
-
-
 def machine_checks(plan: Plan) -> list[Check]:
     """Runs the checks that depend on this machine alone, not on model and data."""
-    return [
-        _guarded("python", lambda: _python(plan)),
-        _guarded("backend", lambda: _backend(plan)),
-        _guarded("torch", lambda: _torch(plan)),
-        _guarded("gpu", lambda: _gpu(plan)),
-        _guarded("memory", lambda: _memory(plan)),
-        _guarded("folders", lambda: _folders(plan)),
-        _guarded("specs", lambda: _specs(plan)),
-    ]
+    return [guarded(name, partial(check, plan)) for name, check in _MACHINE.items()]
 
 
 def run_checks(plan: Plan) -> list[Check]:
     """Runs every check on `plan`, in the order in which they are shown."""
     found: list[ModelSpec | None] = [None]
 
-    def model() -> Check:
+    def model(plan: Plan) -> Check:
         check, found[0] = _model(plan)
         return check
 
-    return [
-        _guarded("python", lambda: _python(plan)),
-        _guarded("backend", lambda: _backend(plan)),
-        _guarded("torch", lambda: _torch(plan)),
-        _guarded("gpu", lambda: _gpu(plan)),
-        _guarded("memory", lambda: _memory(plan)),
-        _guarded("model", model),
-        _guarded("data", lambda: _data(plan)),
-        _guarded("exports", lambda: _exports(plan)),
-        _guarded("folders", lambda: _folders(plan)),
-        _guarded("disk", lambda: _disk(plan, found[0])),
-        _guarded("specs", lambda: _specs(plan)),
-    ]
+    asked: dict[str, Callable[[Plan], Check]] = {
+        "model": model, "data": _data, "exports": _exports, "disk": lambda plan: _disk(plan, found[0]),
+    }
+    return [*machine_checks(plan), *(guarded(name, partial(check, plan)) for name, check in asked.items())]
+
+
+_MACHINE: dict[str, Callable[[Plan], Check]] = {
+    "os": host.check_os, "python": _python, "driver": host.check_driver, "gpu": _gpu, "clocks": host.check_clocks,
+    "memory": _memory, "page cache": host.check_page_cache, "toolkit": host.check_toolkit,
+    "engine": host.check_engine, "backend": _backend, "torch": _torch, "hub": host.check_hub,
+    "token": host.check_token, "folders": _folders, "specs": host.check_specs, "packages": host.check_shadowed,
+    "leftovers": host.check_leftovers,
+}
