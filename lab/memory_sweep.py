@@ -1,6 +1,6 @@
 """The memory planner against the GPU: many plans, each built, run for two steps, measured and freed.
 
-usage: python -m lab.memory_sweep [--folder DIR] [--csv FILE] [--only TEXT] [--small] [--limit-s 220]
+usage: python -m lab.memory_sweep [--folder DIR] [--csv FILE] [--only TEXT] [--small | --quantised] [--limit-s 220]
 
 Measured is torch.cuda.max_memory_allocated of the second step, passes run eagerly, beside `PeakEstimate.allocator_gib`.
 Rows named `graphs` let the engine capture its CUDA graphs and measure max_memory_reserved, beside the same estimate
@@ -47,12 +47,18 @@ class Trial:
     rank: int = 128
     documents: int = 1
     graphs: bool = False
+    storage: str = "none"
+    """Of the base: none, nf4 or int8."""
+    optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
         """What a row is called."""
         rank = f" r{self.rank}" if self.mode == "lora" else ""
-        return f"{self.size} {self.mode}{rank} {self.tokens} {self.recompute}" + (" graphs" if self.graphs else "")
+        words = [f"{self.size} {self.mode}{rank} {self.tokens} {self.recompute}"]
+        words += [self.storage] if self.storage != "none" else []
+        words += [self.optimizer] if self.optimizer != "adamw" else []
+        return " ".join([*words, "graphs"] if self.graphs else words)
 
 
 SWEEP = (
@@ -72,10 +78,23 @@ SWEEP = (
     Trial(size="4B", mode="lora", tokens=4096, recompute="norms"),
     Trial(size="4B", mode="lora", tokens=8192, recompute="layer", documents=3),
     Trial(size="4B", mode="lora", tokens=5376, recompute="none", rank=32),
+    Trial(size="0.8B", mode="lora", tokens=4096, recompute="layer", rank=64, storage="nf4"),
+    Trial(size="0.8B", mode="full", tokens=4096, recompute="layer", optimizer="adamw_8bit"),
+    Trial(size="2B", mode="lora", tokens=5376, recompute="norms", storage="nf4"),
+    Trial(size="2B", mode="lora", tokens=5376, recompute="layer", storage="int8"),
+    Trial(size="2B", mode="lora", tokens=2048, recompute="none", optimizer="adamw_8bit"),
+    Trial(size="2B", mode="full", tokens=5376, recompute="layer", optimizer="paged_adamw_8bit"),
+    Trial(size="4B", mode="lora", tokens=4096, recompute="layer", storage="nf4", optimizer="paged_adamw_32bit"),
     Trial(size="0.8B", mode="lora", tokens=5376, recompute="norms", graphs=True),
     Trial(size="2B", mode="lora", tokens=5376, recompute="norms", graphs=True),
+    Trial(size="2B", mode="lora", tokens=5376, recompute="layer", graphs=True),
+    Trial(size="2B", mode="lora", tokens=5376, recompute="norms", storage="nf4", graphs=True),
+    Trial(size="2B", mode="full", tokens=5376, recompute="norms", graphs=True),
+    Trial(size="9B", mode="lora", tokens=5376, recompute="norms"),
 )
-SMALL = tuple(t for t in SWEEP if t.size == "0.8B" and t.tokens <= 8192)
+QUANTISED = tuple(t for t in SWEEP if t.storage != "none" or t.optimizer != "adamw")
+"""What bitsandbytes and the int8 base take part in."""
+SMALL = tuple(t for t in SWEEP if t.size == "0.8B" and t.tokens <= 8192 and t not in QUANTISED)
 """What a first hour on a new machine has time for."""
 
 
@@ -83,7 +102,8 @@ def plan_of(trial: Trial, folder: Path) -> Plan:
     """Returns the plan that `build_engine` makes of a trial."""
     return Plan(
         model=str(folder), mode=trial.mode, dtype="bfloat16", device="cuda", recompute=trial.recompute,
-        lora_r=trial.rank, target_modules=LORA_TARGETS, gradient_accumulation=ACCUM,
+        lora_r=trial.rank, target_modules=LORA_TARGETS, gradient_accumulation=ACCUM, quantise_base=trial.storage,
+        optimizer=trial.optimizer,
     )
 
 
@@ -115,7 +135,8 @@ def measure(trial: Trial, folder: Path) -> tuple[float, float, int]:
     if left > 256 * 2**20:
         raise RuntimeError(f"{left / 2**30:.2f} GiB are still allocated before {trial.name}: the last trial leaks")
     full = trial.mode == "full"
-    engine = build_engine(folder, rank=trial.rank, full=full, recompute=trial.recompute)
+    engine = build_engine(folder, rank=trial.rank, full=full, recompute=trial.recompute, quantise_base=trial.storage,
+                          optimizer=trial.optimizer)
     if not trial.graphs:
         engine.graphs.objection = "the memory sweep measures eager passes"
     batches = micro_batches(lengths_of(trial), SUPERVISED, ACCUM, torch.device("cuda"))
@@ -158,7 +179,7 @@ def run_sweep(trials: tuple[Trial, ...], folder: Path, limit_s: float) -> list[d
         rows.append({
             "plan": trial.name, "size": trial.size, "mode": trial.mode, "rank": trial.rank if trial.mode == "lora"
             else 0, "tokens": trial.tokens, "documents": trial.documents, "supervised": supervised, "accum": ACCUM,
-            "recompute": trial.recompute, "measure": "reserved" if trial.graphs else "allocated",
+            "recompute": trial.recompute, "storage": trial.storage, "optimizer": trial.optimizer, "measure": "reserved" if trial.graphs else "allocated",
             "predicted_gib": round(predicted, 4), "measured_gib": round(measured, 4), "error": round(error, 5),
             "reserved_gib": round(reserved, 4), "verdict": word,
         })
@@ -172,12 +193,13 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="CSV to append to")
     parser.add_argument("--only", default="", help="only plans whose name contains this")
     parser.add_argument("--small", action="store_true", help="only the small plans of the smallest model")
+    parser.add_argument("--quantised", action="store_true", help="only quantised bases and bitsandbytes' optimisers")
     parser.add_argument("--limit-s", type=float, default=220.0, help="start no plan after this many seconds")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("The memory sweep needs a CUDA GPU; torch sees none here.", file=sys.stderr)
         return 3
-    trials = tuple(t for t in (SMALL if options.small else SWEEP) if options.only in t.name)
+    trials = tuple(t for t in (SMALL if options.small else QUANTISED if options.quantised else SWEEP) if options.only in t.name)
     rows = run_sweep(trials, options.folder, options.limit_s)
     judged = [float(str(row["error"])) for row in rows if row["verdict"] != "compared"]
     red = sum(row["verdict"] == "RED" for row in rows)

@@ -27,10 +27,13 @@ from sparktune.kernels.candidates import FUSED
 from sparktune.kernels.select import OPS, OpTable
 from sparktune.lab.native import documents_row
 from sparktune.lab.shapes import random_documents
+from sparktune.setup.plan.basestorage import base_storage
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.training.adapters import LoraConfig, attach_lora
 from sparktune.training.model import build_model, train_everything
 from sparktune.training.optimiser import MasterAdamW
+from sparktune.training.quantised import build_hollow, put_stored, stored_bytes, storing
+from sparktune.training.tower import TextTower
 
 __all__ = ["LiveBytes", "trace_step"]
 
@@ -118,6 +121,22 @@ def _as_on_a_gpu(capability: tuple[int, int]) -> Iterator[None]:
         yield
 
 
+def _model(spec: ModelSpec, plan: Plan) -> TextTower:
+    """Returns the tower, its base in bfloat16 or in int8 (bitsandbytes' kernels need a GPU to allocate as on one)."""
+    if base_storage(plan) == "none":
+        return build_model(spec, _fused_ops(), torch.bfloat16, "cpu")
+    assert base_storage(plan) == "int8", "a trace stores a base in bfloat16 or in int8"
+    model, store = build_hollow(spec, _fused_ops(), torch.bfloat16, torch.device("cpu")), storing("int8", True)
+    put_stored(model, {
+        f"{prefix}.{attribute}.weight".removeprefix("model."): {
+            name: store(name, torch.zeros(size, group.in_features, dtype=torch.bfloat16))
+            for name, size in zip(group.names, group.out_sizes, strict=True)
+        }
+        for prefix, _, attribute, group in model.groups()
+    })
+    return model
+
+
 def trace_step(
     spec: ModelSpec, plan: Plan, lengths: list[int], *, supervised: float = 0.35, accum: int = 2, steps: int = 2,
     capability: tuple[int, int] = (9, 0), detail: bool = False,
@@ -126,7 +145,8 @@ def trace_step(
 
     Args:
         spec: the model; small, for its products are really computed.
-        plan: `mode`, `lora_r`, `target_modules` and `recompute` are read; the compute type is bfloat16.
+        plan: `mode`, `quantise_base` (none or int8), `lora_r`, `target_modules` and `recompute` are read; the compute
+            type is bfloat16.
         lengths: documents of a micro-batch.
         supervised: share of supervised tokens.
         accum: micro-batches a step.
@@ -136,10 +156,11 @@ def trace_step(
     """
     live = LiveBytes()
     with _as_on_a_gpu(capability), live:
-        model = build_model(spec, _fused_ops(), torch.bfloat16, "cpu")
+        model = _model(spec, plan)
         for parameter in model.parameters():
             nn.init.zeros_(parameter)
             live.weights += parameter.nbytes
+        live.weights += stored_bytes(model)
         assert plan.recompute != "auto", "a trace has one policy"
         model.set_recompute(plan.recompute)
         if plan.mode == "full":

@@ -17,11 +17,13 @@ __all__ = ["build_engine", "documents_row", "micro_batches"]
 
 
 def build_engine(folder: Path, *, rank: int, full: bool, recompute: str, dtype: str = "bfloat16",
-                 ops: OpTable | None = None, device: str = "cuda") -> NativeEngine:
+                 ops: OpTable | None = None, device: str = "cuda", quantise_base: str = "none",
+                 optimizer: str = "adamw") -> NativeEngine:
     """Returns the engine as a run would build it: LoRA of `rank` (alpha = rank), or full fine-tuning."""
     plan = Plan(
         model=str(folder), mode="full" if full else "lora", dtype=dtype, device=device, recompute=recompute,
         lora_r=rank, lora_alpha=float(rank), target_modules=LORA_TARGETS, weight_decay=0.01, max_grad_norm=0.0,
+        quantise_base=quantise_base, optimizer=optimizer,
     )
     return NativeEngine.build(plan, probe(str(folder)), folder, torch.device(device), ops)
 

@@ -68,6 +68,9 @@ class Step:
     """More than one micro-batch a step: in the last one's backward all gradients exist already."""
     split_heads: bool
     """Attention's dk and dv are summed from one fp32 part a query head (Hopper's configuration)."""
+    widened: float = 0.0
+    """Of a group's matrix in the compute type, what is made for each product over a base stored in fewer bits: 0, or 1,
+    and 1/32 more for NF4's scales, where those are stored in eight bits (kernels/frozen_weight.py)."""
     spare_chunks: int = 0
     """Chunks of the delta rule that a graph's tables leave room for (training/graphs.py)."""
 
@@ -154,7 +157,11 @@ class _Builder:
         if s.full:
             tensors.append(group.columns * group.width_in * E)
         elif adapted:
-            tensors += [s.tokens * adapted * s.rank * E, FP32 * adapted * s.rank * group.width_in, FP32 * out * s.rank]
+            tensors.append(s.tokens * adapted * s.rank * E)
+        if s.widened:  # given back before the weights' gradients are made
+            self.moment(*tensors, int(group.columns * group.width_in * E * s.widened), needs=(source,))
+        if adapted and not s.full:
+            tensors += [FP32 * adapted * s.rank * group.width_in, FP32 * out * s.rank]
         self.moment(*tensors, needs=(source,))
 
     def moment(self, *sizes: int, needs: Sequence[str] = ()) -> None:

@@ -4,10 +4,12 @@
 
 with, per parameter, e bytes of the compute type (bfloat16 2, float32 4, float64 8):
 
-    weights        e for each frozen parameter; 4-bit base: 0.516 for projections (NF4, double quantisation), e for the
-                   rest, and one dequantised projection among the working set
+    weights        e for each frozen parameter; a quantised base: 0.516 (NF4, double quantisation), 0.5625 (NF4) or 1
+                   (int8) for projections, e for the rest, and a widened group of them in the working set
     LoRA state     4 + 8 (fp32 master, AdamW moments) + 4 (gradient, once several micro-batches add up)
-    full state     as LoRA's, beside e for the weight; with 8-bit moments e (gradient) + 2
+    full state     as LoRA's, beside e for the weight
+    moments        8 in fp32, 2.03 in eight bits (a byte each and a scale for 256); paged ones can leave the device, so
+                   they count only where host and device share their memory
     activations    on a GPU in bfloat16: setup/plan/activations.py, tensor by tensor as the fused kernels keep them
     and working    elsewhere (the CPU's references): `_layer_floats`, coarse, never calibrated
     workspaces     cuBLAS's: one for the forward's thread, one for the backward's
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparktune.setup.plan.activations import Step, step_bytes
+from sparktune.setup.plan.basestorage import BYTES_A_WEIGHT, base_storage
 from sparktune.setup.plan.errors import MemoryBudgetError
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 
@@ -45,7 +48,6 @@ ADAPTED = (
 )
 """Projections that get an adapter by default: all large ones (facts: a and b of the GDN are tiny)."""
 
-_NF4_BYTES = 0.516
 _GDN_CHUNK = 64
 # torch/aten/src/ATen/cuda/CublasHandlePool.cpp: 8,519,680 bytes a handle and stream, 32 MiB from Hopper on.
 _CUBLAS_WORKSPACE = {False: 8_519_680, True: 32 * 2**20}
@@ -55,6 +57,9 @@ _UNSLOTH_HEAD_BYTES = 3.6
 # An allocator's slack and the process itself: torch with its libraries holds about 0.4 GiB of host memory before the
 # first tensor; a CUDA context about as much of the device's. Estimates.
 _RUNTIME_GIB = 0.45
+# What two pools hold that neither can give the other: 0.95 and 1.06 GiB on an H200 (0.8B and 2B, LoRA r=128, 5376
+# tokens, norms; docs/results/memory_sweep.csv, max_memory_reserved). No smaller row was measured: the share is a guess.
+_POOLS_GIB, _POOLS_SHARE = 1.0, 0.13
 _SLACK = 0.03
 
 
@@ -76,7 +81,7 @@ class PeakEstimate:
     workspace_gib: float
     """cuBLAS's workspaces."""
     graphs_gib: float
-    """What CUDA graphs of the tower cost beyond that: a pool of their own and gradients of their own."""
+    """What CUDA graphs of the tower cost beyond that: a pool of their own, reserved as a whole."""
     runtime_gib: float
     """What the process needs beside its tensors."""
 
@@ -153,14 +158,12 @@ def predict_peak(
     """
     policy = policy or _policy_of(plan, machine)
     e = _compute_bytes(plan, machine)
-    weights, trained, gradients = _static_bytes(plan, spec, e)
+    weights, trained, gradients = _static_bytes(plan, spec, machine, e)
     workspace = graphs = 0.0
     if machine.device == "cuda" and e == 2:
-        replays = plan.engine != "unsloth" and plan.optimizer == "adamw" and (
-            plan.mode == "full" or plan.lora_dropout == 0
-        )
+        replays = plan.engine != "unsloth" and (plan.mode == "full" or plan.lora_dropout == 0)
         # Gradients that graphs add to stay where they are.
-        several = replays or plan.gradient_accumulation != 1 or plan.optimizer != "adamw"
+        several = replays or plan.gradient_accumulation != 1
         step = _step(plan, machine, tokens, tokens if supervised is None else supervised, several=several)
         found = step_bytes(spec, policy, step)
         kept, working = float(found.kept), float(found.peak - found.kept - (found.gradients if several else 0))
@@ -168,13 +171,13 @@ def predict_peak(
         if plan.engine == "unsloth":
             working += tokens * spec.vocab_size * _UNSLOTH_HEAD_BYTES
         elif replays:
-            graphs = float(found.graphed - found.peak)
+            graphs = float(found.graphed - found.peak) + min(_POOLS_GIB * GIB, _POOLS_SHARE * (kept + working))
         workspace = 2.0 * _CUBLAS_WORKSPACE[(machine.capability or (0, 0))[0] >= 9]
     else:
         kept, working = _reference_bytes(plan, spec, tokens, longest, policy, e)
+        if base_storage(plan) != "none":
+            working += 2 * max(i * o for _, i, o in projection_shapes(spec).values()) * e
         trained += gradients
-    if plan.mode == "qlora":
-        working += max(i * o for _, i, o in projection_shapes(spec).values()) * e
     runtime = _RUNTIME_GIB + _SLACK * (weights + trained + kept + working) / GIB
     return PeakEstimate(
         policy=policy, tokens=tokens, weights_gib=weights / GIB, trained_gib=trained / GIB,
@@ -188,8 +191,14 @@ def _step(plan: Plan, machine: Machine, tokens: int, supervised: int, *, several
     return Step(
         tokens=tokens, supervised=supervised, full=full, rank=0 if full else (plan.lora_r or 16),
         targets=frozenset(plan.target_modules or ADAPTED), dropout=plan.lora_dropout > 0,
-        gradients_accumulate=several, split_heads=machine.capability is None or machine.capability[0] == 9,
+        gradients_accumulate=several, widened=_widened(plan),
+        split_heads=machine.capability is None or machine.capability[0] == 9,
     )
+
+
+def _widened(plan: Plan) -> float:
+    storage = base_storage(plan)
+    return 0.0 if storage == "none" else 1.0 + (1 / 32 if storage == "nf4" and plan.double_quantise else 0.0)
 
 
 def _reference_bytes(
@@ -308,17 +317,25 @@ def _compute_bytes(plan: Plan, machine: Machine) -> int:
     return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
 
 
-def _static_bytes(plan: Plan, spec: ModelSpec, e: int) -> tuple[float, float, float]:
+def _moment_bytes(plan: Plan, machine: Machine) -> float:
+    """Bytes a parameter of AdamW's two moments, as far as they must be on the device."""
+    if plan.optimizer.startswith("paged") and not machine.unified_memory:
+        return 0.0
+    return 2 * (1 + 4 / 256) if plan.optimizer.endswith("8bit") else 8.0
+
+
+def _static_bytes(plan: Plan, spec: ModelSpec, machine: Machine, e: int) -> tuple[float, float, float]:
     """Returns (weights, masters and moments, gradients) in bytes; a parameter of 4 or 8 bytes is its own master."""
+    state = 4 + _moment_bytes(plan, machine)
     if plan.mode == "full":
-        if plan.optimizer == "adamw":
-            return spec.parameters * (0 if e == 4 else e), spec.parameters * 12, spec.parameters * 4
-        return spec.parameters * e, spec.parameters * 2, spec.parameters * e
+        return spec.parameters * (0 if e == 4 else e), spec.parameters * state, spec.parameters * 4
     adapters = adapter_parameters(spec, plan.lora_r or 16, plan.target_modules)
-    if plan.mode != "qlora":
-        return spec.parameters * e, adapters * 12, adapters * 4
+    storage = base_storage(plan)
+    if storage == "none":
+        return spec.parameters * e, adapters * state, adapters * 4
+    bytes_each = BYTES_A_WEIGHT["nf4 double" if storage == "nf4" and plan.double_quantise else storage]
     quantised = sum(n * i * o for n, i, o in projection_shapes(spec).values())
-    return quantised * _NF4_BYTES + (spec.parameters - quantised) * e, adapters * 12, adapters * 4
+    return quantised * bytes_each + (spec.parameters - quantised) * e, adapters * state, adapters * 4
 
 
 def _layer_floats(spec: ModelSpec, kind: str, plan: Plan, longest: int) -> tuple[float, float]:

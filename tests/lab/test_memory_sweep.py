@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_sweep_covers_what_was_promised() -> None:
     judged = [t for t in SWEEP if not t.graphs]
     assert len(judged) >= 14
-    assert {t.size for t in judged} == {"0.8B", "2B", "4B"}
+    assert {t.size for t in judged} == {"0.8B", "2B", "4B", "9B"}
+    assert {t.storage for t in judged} == {"none", "nf4", "int8"}
+    assert {t.optimizer for t in judged} == {"adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"}
     assert {t.recompute for t in judged} == {"none", "norms", "layer", "all"}
     assert {t.mode for t in judged} == {"lora", "full"}
     assert min(t.tokens for t in judged) == 1024

@@ -7,7 +7,14 @@ import pytest
 from sparktune.lab.memory_trace import trace_step
 from sparktune.setup.plan.activations import Step, allocated, step_bytes
 from sparktune.setup.plan.errors import MemoryBudgetError
-from sparktune.setup.plan.memory import ADAPTED, adapter_parameters, cheapest_policy, check_fits, predict_peak
+from sparktune.setup.plan.memory import (
+    ADAPTED,
+    PeakEstimate,
+    adapter_parameters,
+    cheapest_policy,
+    check_fits,
+    predict_peak,
+)
 from sparktune.setup.plan.models import CATALOGUE, spec_from_config
 from sparktune.setup.plan.schema import DatasetReport, LengthStats, Machine, ModelSpec, Plan
 
@@ -64,6 +71,49 @@ def test_the_formula_is_what_the_engine_allocates(
     predicted = traced.weights + 12 * learning + step_bytes(spec, policy, step).peak
     assert predicted == pytest.approx(traced.peak, rel=0.02)
     assert predicted > 0.985 * traced.peak
+
+
+@pytest.mark.parametrize(("spec", "policy"), [(small(), "norms"), (GROUPED, "layer"), (DENSE, "none")])
+def test_a_quantised_base_is_what_the_engine_allocates(spec: ModelSpec, policy: str) -> None:
+    plan = Plan(mode="qlora", quantise_base="int8", lora_r=16, recompute=policy)
+    traced = trace_step(spec, plan, [TOKENS], supervised=SUPERVISED, accum=2)
+    step = Step(
+        tokens=TOKENS, supervised=TOKENS - int(TOKENS * (1 - SUPERVISED)), full=False, rank=16,
+        targets=frozenset(ADAPTED), dropout=False, gradients_accumulate=True, split_heads=True, widened=1.0,
+    )
+    predicted = traced.weights + 12 * adapter_parameters(spec, 16) + step_bytes(spec, policy, step).peak
+    assert predicted == pytest.approx(traced.peak, rel=0.03)
+    assert predicted > 0.985 * traced.peak
+
+
+def test_what_quantised_bases_and_small_moments_save() -> None:
+    spec = spec_from_config(CATALOGUE["Qwen/Qwen3.5-9B"], "Qwen/Qwen3.5-9B")
+
+    def estimate(machine: Machine = H200, **changes: object) -> PeakEstimate:
+        plan = Plan(**{"mode": "lora", "lora_r": 128, "recompute": "layer", **changes})
+        return predict_peak(plan, spec, machine, tokens=5376, longest=5376)
+
+    weights = [estimate(quantise_base=s, mode=m).weights_gib
+               for s, m in (("nf4", "qlora"), ("int8", "qlora"), ("none", "lora"))]
+    head = 2 * spec.vocab_size * spec.hidden_size * 2 / 2**30
+    quantised = [w - head for w in weights]
+    assert quantised[0] / quantised[2] == pytest.approx(0.258, abs=0.01)
+    assert quantised[1] / quantised[2] == pytest.approx(0.5, abs=0.01)
+    plain, eight, paged = (estimate(mode="full", optimizer=o).trained_gib
+                           for o in ("adamw", "adamw_8bit", "paged_adamw_32bit"))
+    parameters = spec.parameters / 2**30
+    assert plain - eight == pytest.approx((8 - 2.03125) * parameters, rel=1e-3)
+    assert plain - paged == pytest.approx(8 * parameters, rel=1e-3)
+    unified = H200.model_copy(update={"unified_memory": True})
+    assert estimate(unified, mode="full", optimizer="paged_adamw_32bit").trained_gib == pytest.approx(plain)
+
+
+@pytest.mark.parametrize(("name", "memory_gib"), [("H200", 139.0), ("GB10", 113.0)])
+def test_9b_lora_fits_the_two_machines(name: str, memory_gib: float) -> None:
+    spec = spec_from_config(CATALOGUE["Qwen/Qwen3.5-9B"], "Qwen/Qwen3.5-9B")
+    machine = H200.model_copy(update={"memory_gib": memory_gib, "unified_memory": name == "GB10"})
+    plan = Plan(mode="lora", lora_r=128, pack_length=5376, recompute="auto")
+    assert check_fits(plan, spec, _report(4000), machine).total_gib <= memory_gib
 
 
 def test_a_measured_peak() -> None:
