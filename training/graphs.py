@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from sparktune.kernels.modules.full_ft import FullFT_BF16_Linear
 from sparktune.kernels.select import used_ops
 from sparktune.kernels.tables import StaticTables
 from sparktune.training.batch import MicroBatch
@@ -215,5 +216,9 @@ class TowerGraphs:
             del self._graphs[n_tokens]
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()  # the eager passes' activations: the graph brings its own
-        self._graphs[n_tokens] = GraphedTower(self._model, self._gradients(), batch, self.recorder())
+        gradients = self._gradients()
+        for module in self._model.modules():
+            if isinstance(module, FullFT_BF16_Linear):  # from here on sums stay where they are
+                module.gradient_sum = gradients[module.weight]
+        self._graphs[n_tokens] = GraphedTower(self._model, gradients, batch, self.recorder())
         return self._graphs[n_tokens]

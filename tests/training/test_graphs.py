@@ -105,7 +105,7 @@ def test_one_graph_replays_over_other_packings(tmp_path: Path, recompute: str, f
         assert gradients[0].keys() == gradients[1].keys()
         for name, g in gradients[0].items():
             difference = (g - gradients[1][name]).norm() / g.norm()
-            # The tied embedding's two gradients are rounded to bfloat16 after their sum here and before it there.
-            limit = 1e-2 if name == "embed_tokens" else 1e-3
+            # Full: eager gradients are rounded to bfloat16 before they reach the sum, replayed ones are not.
+            limit = 1e-2 if full else 1e-3
             assert difference < limit, f"{name} differs by {difference:.1e} on documents {lengths}"
     assert len(graphed.graphs._graphs) == 1, "the graph was never captured"

@@ -87,10 +87,12 @@ def test_bfloat16_weights_add_their_gradients_to_float32_masters(tiny_model: Pat
         for name, gradient in expected.items():
             assert got[name].dtype == torch.float32, name
             difference = (gradient - got[name]).norm() / gradient.norm()
-            # The tied embedding's two gradients are rounded to bfloat16 after their sum here and before it there.
-            assert difference < (5e-3 if name == "embed_tokens" else 1e-6), f"{name} differs by {difference:.1e}"
+            # Eager gradients of matrices are rounded to bfloat16 before they reach the sum, recorded ones are not.
+            assert difference < (5e-3 if gradient.ndim == 2 else 1e-6), f"{name} differs by {difference:.1e}"
         for engine in (eager, graphed):
-            engine._optimiser._adamw.zero_grad(set_to_none=False)
+            for _, gradient in engine.named_gradients():
+                assert gradient is not None
+                gradient.zero_()
     assert len(graphed.graphs._graphs) == 1, "nothing was recorded"
 
 
