@@ -99,7 +99,7 @@ def remember(stage: str, seconds: float, plan: Plan, run: RunDir, machine: Machi
         report = DatasetReport.model_validate_json(run.data_report.read_text(encoding="utf-8"))
         spec = probe(plan.model)
         if stage == "train":
-            record_training(plan, spec, report, machine, run)
+            record_training(plan, spec, report, machine, run, seconds)
         elif stage != "prepare":
             record_pace(stage, seconds, plan, spec, report, machine)
     except (OSError, ValueError, SparktuneError, json.JSONDecodeError):

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparktune.setup.plan.arithmetic import training_flop
-from sparktune.setup.plan.eta import Pace, work_of
+from sparktune.setup.plan.eta import Pace, filled_share, pauses_of, work_of
 from sparktune.setup.plan.outfolder import write_durably
 from sparktune.setup.plan.rundir import RunDir, cache_dir
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
@@ -69,8 +69,10 @@ def steady_tok_per_s(rows: Sequence[dict[str, Any]]) -> float | None:
     return float(sum(row["tokens"] for row in steps) / seconds) if seconds > 0 else None
 
 
-def record_training(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine, run: RunDir) -> None:
-    """Remembers the speed of a finished training."""
+def record_training(
+    plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine, run: RunDir, seconds: float
+) -> None:
+    """Remembers the speed of a finished training, and what of its `seconds` it spent outside its steps."""
     try:
         rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
@@ -79,7 +81,13 @@ def record_training(plan: Plan, spec: ModelSpec, report: DatasetReport, machine:
     if speed is None or plan.engine == "auto" or plan.mode == "auto":
         return
     flop = training_flop(plan, spec, document=report.lengths.mean, supervised_share=report.supervised_share)
+    flop /= filled_share(plan, report)  # a GPU computes the padding too
+    steps = [row for row in rows if row.get("tok_per_s")]
+    outside = seconds - sum(row["tokens"] for row in steps) / speed
     book = load_book()
+    if len(steps) == steps[-1]["step"] and outside > 0:  # not a resumed run, whose seconds are those of its last part
+        pauses = pauses_of(plan, len(steps))
+        book.paces.append(Pace(stage="pauses", chip=chip_of(machine), work=pauses, seconds=round(outside, 2)))
     book.speeds.append(Speed(
         chip=chip_of(machine), engine=plan.engine, mode=plan.mode, dtype=plan.dtype, recompute=plan.recompute,
         parameters=spec.parameters, flop_per_s=speed * flop, source="own", origin=f"this machine, run {run.name}",

@@ -17,7 +17,9 @@ from sparktune.setup.plan.recommend import planned_steps
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 from sparktune.setup.plan.speeds import Rate, Speed, chip_of, rate_for
 
-__all__ = ["Calibration", "Eta", "Pace", "StageTime", "duration", "estimate", "rented", "work_of"]
+__all__ = [
+    "Calibration", "Eta", "Pace", "StageTime", "duration", "estimate", "filled_share", "pauses_of", "rented", "work_of",
+]
 
 _ERR_HIGH = 1.10
 """What is not calibrated is announced this much longer than the rate says: early is a pleasure, late is not."""
@@ -63,7 +65,8 @@ class Pace(BaseModel):
     stage: str
     chip: str
     work: float
-    """Bytes (merge, gguf), FLOP (mtp), answers (evaluate): see `work_of`."""
+    """Bytes (merge, gguf), FLOP (mtp), weights (evaluate): see `work_of`; how many (pauses: what training spends
+    outside its steps)."""
     seconds: float
 
 
@@ -147,23 +150,30 @@ def _guess(stage: str, seconds: float, reason: str, low: float = 0.4, high: floa
 
 
 def _train(
-    plan: Plan, spec: ModelSpec, report: DatasetReport, rate: Rate, save_bytes: float
+    plan: Plan, spec: ModelSpec, report: DatasetReport, rate: Rate, save_bytes: float, rests: Sequence[Pace]
 ) -> StageTime:
     document, share = report.lengths.mean, report.supervised_share
     flop = training_flop(plan, spec, document=document, supervised_share=share)
     steps = planned_steps(plan, report)
     epochs = _epochs(plan, report, steps)
-    filled = _filled(plan, report)
+    filled = filled_share(plan, report)
     steps_s = report.lengths.total * epochs / filled * flop / rate.flop_per_s
-    events = steps / (plan.eval_steps or max(1, steps // 10)) + 1
+    pauses = pauses_of(plan, steps)
     held_out = report.eval_examples * document * forward_flop(spec, document=document, head_share=share)
     rest = (
         _START_S + spec.parameters * 2 / _DISK
-        + events * (held_out / rate.flop_per_s + (_SAMPLES / _TOKENS_PER_S if report.eval_examples else 0))
-        + (steps / (plan.save_steps or max(1, steps // 10)) + 1) * save_bytes / _DISK
+        + pauses * (held_out / rate.flop_per_s + (_SAMPLES / _TOKENS_PER_S if report.eval_examples else 0))
+        + pauses * save_bytes / _DISK
     )
+    if rests:  # what earlier runs here spent outside their steps: half of it for the start, half for the pauses
+        rest = rests[-1].seconds * (0.5 + 0.5 * pauses / rests[-1].work)
     low, high = steps_s / rate.high + 0.3 * rest, steps_s / rate.low + 2.0 * rest
     return StageTime(stage="train", seconds=(steps_s + rest) * _ERR_HIGH, low=low, high=high, reason=rate.reason)
+
+
+def pauses_of(plan: Plan, steps: int) -> float:
+    """Returns how often a run of `steps` evaluates, answers its samples and saves."""
+    return steps / (plan.eval_steps or max(1, steps // 10)) + 1
 
 
 def _epochs(plan: Plan, report: DatasetReport, steps: int) -> float:
@@ -173,7 +183,7 @@ def _epochs(plan: Plan, report: DatasetReport, steps: int) -> float:
     return steps / an_epoch
 
 
-def _filled(plan: Plan, report: DatasetReport) -> float:
+def filled_share(plan: Plan, report: DatasetReport) -> float:
     """Share of real tokens in what a GPU computes: padded packs. A CPU pads nothing."""
     if plan.device != "cuda" or not plan.pack or not plan.pack_length or not report.packing:
         return 1.0
@@ -236,7 +246,8 @@ def estimate(
             elif rate is None:
                 unknown = f"no speed is known for {chip}"
             else:
-                times.append(_train(plan, spec, report, rate, save_bytes))
+                rests = [p for p in paces if p.stage == "pauses" and p.chip == chip and p.work > 0]
+                times.append(_train(plan, spec, report, rate, save_bytes, rests))
             continue
         guess = guesses[stage]
         if stage == "mtp" and plan.mtp == "trained" and rate is not None:
