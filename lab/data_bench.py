@@ -1,6 +1,6 @@
 """How long the analysis of a large file takes, and how much memory: a made corpus through the stage's own code.
 
-usage: python -m sparktune.lab.data_bench [--rows 24000] [--tokens-per-row 3042] [--size-gb 0] [--workers N] [--csv FILE]
+usage: python -m sparktune.lab.data_bench [--rows 24000] [--tokens-per-row 3042] [--size-gb 0] [--workers N] [--csv F]
 
 The tokenizer is trained here, 32,768 tokens over the corpus's own words, with the normaliser and the pre-tokeniser of
 Qwen3.5's. Real text has a longer tail of words and Qwen's own table is larger, so a real file may take somewhat longer.
@@ -53,7 +53,7 @@ class _Listener(NullEvents):
 
 
 def make_tokenizer(folder: Path, corpus: Corpus, size: int = _VOCABULARY, words: int = 1_500_000) -> Path:
-    """Trains the tokenizer on new text of the corpus and writes it, with the demo's chat template. Returns the folder."""
+    """Trains the tokenizer on new text of the corpus, writes it with the demo's template, and returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, train_tokenizer((corpus.text(1000) for _ in range(max(1, words // 1000))), size))
     return folder
@@ -95,7 +95,8 @@ def _machine() -> str:
 
 def _commit() -> str:
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    argv = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 

@@ -1,8 +1,8 @@
 """Chat rows made from a seed, of any number and length, clean or with faults whose lines are known.
 
-Words are pseudo-words drawn by Zipf's law, so that a byte-level BPE meets the frequent ones again and again and the rare
-ones seldom, as in real text. Clean rows are full of what resembles personal data without being any: dates, ISBN, hashes,
-addresses of machines, sums, versions.
+Words are pseudo-words drawn by Zipf's law, so that a byte-level BPE meets the frequent ones again and again and the
+rare ones seldom, as in real text. Clean rows are full of what resembles personal data without being any: dates, ISBN,
+hashes, addresses of machines, sums, versions.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 
 __all__ = ["Corpus", "Planted", "write_corpus"]
 
-_SYLLABLES = [c + v for c in "b c d f g h k l m n p r s t v w z br ch cl cr dr fl gr pl pr sh sl sp st th tr".split()
-              for v in "a e i o u ai ea ee ou".split()]
+_CONSONANTS = (*"bcdfghklmnprstvwz", "br", "ch", "cl", "cr", "dr", "fl", "gr", "pl", "pr", "sh", "sl", "sp", "st", "th")
+_VOWELS = (*"aeiou", "ai", "ea", "ee", "ou")
+_SYLLABLES = [consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS]
 _LOOK_ALIKES = (
     "2026-11-22 14:05:09", "ISBN 978-3-16-148410-0", "192.168.178.24", "1,234,567.89", "4111 1111 1111 1112",
     "e3b0c44298fc1c149afbf4c8996fb92427ae41e4", "git@github.com:acme/tools.git", "v12.4.0-rc.1", "@app.route('/a')",

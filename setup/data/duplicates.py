@@ -75,28 +75,43 @@ def shingles(text: str) -> Shingles:
 
     Case, punctuation and white space do not count; a text without any word is one shingle of its own.
     """
+    return np.unique(_shingles(text))
+
+
+def _shingles(text: str) -> Shingles:
+    """The same, in the order of the text, repeated ones as often as they occur."""
     words = _WORD.findall(text.lower()) or [text.strip()]
-    codes = np.fromiter(map(crc32, map(_bytes, words)), dtype=np.uint64, count=len(words))
+    if len(_CODES) > _CODES_KEPT:
+        _CODES.clear()
+    codes = np.fromiter(map(_CODES.__getitem__, words), dtype=np.uint64, count=len(words))
     width = min(_SHINGLE_WORDS, len(words))
     hashes = np.zeros(len(words) - width + 1, dtype=np.uint64)
     for i in range(width):
         hashes += (codes[i : len(codes) - width + 1 + i] + np.uint64(1)) * _ODD[i]
     hashes ^= hashes >> np.uint64(31)
     hashes *= _ODD[5]
-    return np.unique(hashes ^ (hashes >> np.uint64(33)))
+    return hashes ^ (hashes >> np.uint64(33))
 
 
-def _bytes(word: str) -> bytes:
-    return word.encode("utf-8", "surrogatepass")
+class _Codes(dict[str, int]):
+    """Word -> its CRC-32, worked out once."""
+
+    def __missing__(self, word: str) -> int:
+        code = self[word] = crc32(word.encode("utf-8", "surrogatepass"))
+        return code
+
+
+_CODES = _Codes()
+_CODES_KEPT = 200_000
 
 
 def signatures(rows: Sequence[Parts]) -> npt.NDArray[np.uint32]:
     """Returns uint32 [rows, SIGNATURE_WIDTH]: MinHash values of question and answer together, then of the answer."""
     from rensa import RMinHash
 
-    answers = [shingles(answered) for _, _, answered in rows]
+    answers = [_shingles(answered) for _, _, answered in rows]
     whole = [
-        np.union1d(shingles(asked), answer) if asked else answer
+        np.concatenate([_shingles(asked), answer]) if asked else answer
         for (_, asked, _), answer in zip(rows, answers, strict=True)
     ]
     columns = []

@@ -44,8 +44,15 @@ _NAMED_KEY = re.compile(
     r"(?i:api[_-]?key|access[_-]?key|secret[_-]?key|client[_-]?secret|auth[_-]?token|access[_-]?token|password|passwd)"
     r"[\"']?\s{0,3}[:=]\s{0,3}[\"']?([A-Za-z0-9_+/=.~-]{20,200})"
 )
-_NAMED_WORDS = ("key", "secret", "token", "passw")
-_KEY_MARKS = ("sk-", "_", "glpat-", "AKIA", "ASIA", "AIza", "xox", "pypi-", "SG.", "eyJ", "PRIVATE KEY")
+# Plain searches before the patterns: most texts hold none of these.
+_NAMED_WORDS = (
+    "apikey", "api_key", "api-key", "accesskey", "access_key", "access-key", "secret", "authtoken", "auth_token",
+    "auth-token", "accesstoken", "access_token", "access-token", "passw",
+)
+_KEY_MARKS = (
+    "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "hf_", "k_live_", "k_test_", "npm_", "glpat-", "AKIA",
+    "ASIA", "AIza", "xox", "pypi-", "SG.", "eyJ", "PRIVATE KEY",
+)
 # Below this many bits a character, a long word after "key:" is a placeholder or a sentence, not a secret.
 _KEY_BITS = 3.5
 
@@ -88,7 +95,7 @@ def _all(text: str) -> Iterator[Finding]:
         for match in _KEY.finditer(text):
             yield Finding(kind="key", start=match.start(), end=match.end())
     lowered = text.lower()
-    if any(word in lowered for word in _NAMED_WORDS):
+    if any(word in lowered for word in _NAMED_WORDS) and ("=" in text or ":" in text):
         for match in _NAMED_KEY.finditer(text):
             if _is_secret(match[1]):
                 yield Finding(kind="key", start=match.start(1), end=match.end(1))

@@ -23,6 +23,9 @@ __all__ = ["MASK_RULE", "ChatRenderer", "Rendered", "supervised_mask"]
 MASK_RULE = 1
 """Version of the rule above; a change makes every token cache anew."""
 
+_KNOWN_RENDERS = 4096
+_LONGEST_KEY = 8192
+
 Thinking = Literal["auto", "on", "off"]
 Messages = list[dict[str, Any]]
 
@@ -62,6 +65,7 @@ class ChatRenderer:
         self._settings = {} if thinking == "auto" else {"enable_thinking": thinking == "on"}
         self._markers = content_markers(template)
         self._specials = tokenizer.special_tokens
+        self._known: dict[str, str] = {}
         self._check_syntax()
 
     def text(self, messages: Messages, tools: list[dict[str, Any]] | None = None, *, prompt: bool = False) -> str:
@@ -90,7 +94,7 @@ class ChatRenderer:
         """
         text = self.text(messages, tools)
         marked = mark(messages, self._markers, text)
-        scaffold = walk(text, self.text(marked.messages, tools), marked)
+        scaffold = walk(text, self._marked_text(marked.messages, tools), marked)
         if scaffold is None:
             raise RowRefused(
                 "template", "the chat template changes the messages' text beyond trimming it, so the assistant's part "
@@ -109,6 +113,19 @@ class ChatRenderer:
     def prompt_ids(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Returns the ids of a prompt, generation prompt included: what an inference would start from."""
         return [int(i) for i in self.tokenizer.encode_batch([self.text(messages, tools, prompt=True)])[0].ids]
+
+    def _marked_text(
+        self, messages: Messages, tools: list[dict[str, Any]] | None, *, prompt: bool = False
+    ) -> str:
+        """Returns the render of numbered words: most rows of a file have the same, so it is remembered."""
+        key = repr((messages, tools, prompt))
+        if len(key) > _LONGEST_KEY:
+            return self.text(messages, tools, prompt=prompt)
+        if key not in self._known:
+            if len(self._known) == _KNOWN_RENDERS:
+                self._known.clear()
+            self._known[key] = self.text(messages, tools, prompt=prompt)
+        return self._known[key]
 
     # -- one turn
 
@@ -156,7 +173,7 @@ class ChatRenderer:
         # The turn opens otherwise than a new one would (thinking stripped from history, thinking in a model that does
         # not think by default, a template without generation prompt): compare with the prompt of this very turn.
         try:
-            prompt = marked.pattern.split(self.text(marked.messages[:index], tools, prompt=True))
+            prompt = marked.pattern.split(self._marked_text(marked.messages[:index], tools, prompt=True))
         except RowRefused:
             prompt = []
         if prompt and (int(prompt[-2]) if len(prompt) > 1 else None) == previous:

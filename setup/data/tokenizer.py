@@ -75,17 +75,62 @@ class ChatTokenizer:
         """Tokenises texts as they stand: nothing added, nothing cut, special tokens in the text recognised."""
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         return [
-            Tokens(
+            self._by_lengths(text, e.ids) or Tokens(
                 ids=np.array(e.ids, dtype=np.uint32),
                 starts=np.fromiter((start for start, _ in e.offsets), dtype=np.int64, count=len(e.ids)),
             )
-            for e in encodings
+            for text, e in zip(texts, encodings, strict=True)
         ]
+
+    def _by_lengths(self, text: str, ids: list[int]) -> Tokens | None:
+        """Returns the tokens with starts added up from the tokens' lengths; None where that is not known to be exact.
+
+        It spares one Python object a token, a third of the whole analysis. A byte-level token stands for the bytes it
+        is written with, so the lengths must add up to the text; they do not where a token stands for more or less.
+        """
+        if self._lengths is None or not text.isascii():
+            return None
+        tokens = np.array(ids, dtype=np.uint32)
+        ends = np.cumsum(self._lengths[tokens])
+        if not len(tokens) or ends[-1] != len(text):
+            return None
+        return Tokens(ids=tokens, starts=np.concatenate([[0], ends[:-1]]))
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int64] | None:
+        """int64 [vocabulary]: bytes of each token; None for a tokenizer that is not plainly byte-level.
+
+        Only steps are accepted that keep every byte of an ASCII text in its place (NFC changes none of them).
+        """
+        parts = json.loads(self.backend.to_str())
+        if (
+            any(step["type"] != "NFC" for step in _steps(parts.get("normalizer"), "normalizers"))
+            or any(step["type"] not in ("Split", "ByteLevel", "Digits") or step.get("add_prefix_space")
+                   or step.get("behavior", "Isolated") != "Isolated"
+                   for step in _steps(parts.get("pre_tokenizer"), "pretokenizers"))
+            or "ByteLevel" not in {step["type"] for step in _steps(parts.get("pre_tokenizer"), "pretokenizers")}
+            or parts["model"].get("type") != "BPE" or parts["model"].get("unk_token")
+            or any(token["lstrip"] or token["rstrip"] for token in parts["added_tokens"])
+        ):
+            return None
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        added = {token["id"]: len(token["content"].encode()) for token in parts["added_tokens"]}
+        lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+        for text, number in vocabulary.items():
+            lengths[number] = added.get(number, len(text))  # of the rest, each character is written for one byte
+        return lengths
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Returns the text of `ids`."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens,
                                          clean_up_tokenization_spaces=False))
+
+
+def _steps(part: Any, inner: str) -> list[dict[str, Any]]:
+    """Returns the steps of a normaliser or pre-tokeniser, as tokenizer.json describes it."""
+    if part is None:
+        return []
+    return [step for one in part[inner] for step in _steps(one, inner)] if part["type"] == "Sequence" else [part]
 
 
 def load_tokenizer(source: str) -> ChatTokenizer:
