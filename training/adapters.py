@@ -42,6 +42,9 @@ _UNSUPPORTED = (
     "use_bdlora", "layer_replication", "eva_config", "corda_config",
 )
 
+ONE_PRODUCT = False
+"""On a GPU, multiply x by the base and by A in one product (StaticLoRA); not measured yet in a whole step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -99,7 +102,8 @@ def _attach(model: TextTower, config: LoraConfig, modules: Sequence[str]) -> Non
         if adapted:
             assert isinstance(group, ProjectionGroup), "adapters go on a frozen group, once"
             lora = StaticLoRA(
-                group, adapted, r=config.r, scale=config.scale, dropout=config.dropout, index=index, ops=owner.ops
+                group, adapted, r=config.r, scale=config.scale, dropout=config.dropout, index=index, ops=owner.ops,
+                one_product=ONE_PRODUCT and group.weight.device.type == "cuda",
             )
             setattr(owner, attribute, lora)
 
