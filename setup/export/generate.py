@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["answer_all", "load"]
+__all__ = ["answer_all", "load", "mean_losses"]
 
 
 def load(folder: Path, device: str, dtype: Any = None) -> tuple[Any, Any]:
@@ -64,3 +64,21 @@ def answer_all(model: Any, tokenizer: Any, prompt_ids: Sequence[Sequence[int]], 
             out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
         answers.append(tokenizer.decode(out[0, prompt.shape[1]:], skip_special_tokens=True).strip())
     return answers
+
+
+def mean_losses(model: Any, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+    """Returns the mean loss in nats of each answer's tokens after its prompt.
+
+    Args:
+        model: from `load`.
+        examples: token ids of prompt and answer.
+    """
+    import torch
+
+    found = []
+    for prompt, answer in examples:
+        ids = torch.tensor([[*prompt, *answer]], device=model.device)
+        with torch.no_grad():
+            logits = model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+        found.append(float(torch.nn.functional.cross_entropy(logits, ids[0, len(prompt):])))
+    return found

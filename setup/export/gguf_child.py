@@ -229,7 +229,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(f"Weights of the architecture {file.arch} cannot be read back (known: {KNOWN_ARCHS}).")
     model, tokenizer = generation.load(Path(request["model"]), request["device"])
     load_into(model, file, checkpoint)
-    return {"answers": generation.answer_all(model, tokenizer, request["prompt_ids"], request["max_new_tokens"])}
+    return {"answers": generation.answer_all(model, tokenizer, request["prompt_ids"], request["max_new_tokens"]),
+            "losses": generation.mean_losses(model, request["examples"])}
 
 
 def main(argv: list[str]) -> int:
