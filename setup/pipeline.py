@@ -336,6 +336,7 @@ def _run_stages(
     backend, _ = choose_backend(plan, image)
     _make_ready(backend, display, stop)
     state, stages = RunState(run), stages_of(plan)
+    display.budget_gib = detect_machine(plan.device, plan.output).memory_gib
     runner = StageRunner(plan, run, backend, display, stop, lock)
     before: list[str] = []
     for number, stage in enumerate(stages, 1):

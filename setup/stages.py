@@ -88,6 +88,7 @@ class StageRunner:
         with self.run.events.open("a", encoding="utf-8") as events:
 
             def poll() -> None:
+                self.display.tick()
                 for event in tail.read():
                     events.write(json.dumps(event, ensure_ascii=False) + "\n")
                     events.flush()

@@ -28,7 +28,16 @@ NAME_TAKEN = (
     "A run named {name} exists already ({path}). Go on with it (./run.sh resume {name}), or choose another --name."
 )
 UNWRITABLE = "{path} cannot be written: {why}. Make it writable, or choose another folder with --results."
-STOPPING = "Stopping: training ends after this step with a checkpoint. Press Ctrl-C again to abort at once."
+STOPPING = (
+    "Stopping: training saves a checkpoint after this step, any other stage ends now. Press Ctrl-C again to abort at "
+    "once."
+)
+KEYS_TRAIN = "s or Ctrl-C: save and stop   a twice, or Ctrl-C twice: abort without saving"
+KEYS_STAGE = "s or Ctrl-C: stop   a twice, or Ctrl-C twice: abort"
+ABORT_AGAIN = "Press a again to abort at once; what was not saved is lost."
+ABOUT_LEFT = ", about {time} left"
+FALLING = "falling"
+RISING = "rising"
 STOPPED_AT = "Stopped in the stage {stage}. Nothing finished is lost; go on with: {resume}"
 FAILED_AT = "The run stopped in the stage {stage}. When the cause is repaired, go on with: {resume}"
 NOT_FINISHED = "The stage {stage} of the run {run} is not finished. Finish it first: ./run.sh resume {run}"

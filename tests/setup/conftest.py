@@ -33,7 +33,8 @@ class Terminal:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("SPARKTUNE_") and k not in ("CI", "TMUX")}
         merged = {**clean, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", **env}
         self._env = {k: v for k, v in merged.items() if v is not None}
-        inner = f"{shlex.join(argv)}; echo; echo exit=$?"
+        # the shell outlives a Ctrl-C, which the terminal sends to both, and tells the program's exit code
+        inner = f"trap : INT; {shlex.join(argv)}; code=$?; echo; echo exit=$code"
         config = folder / "tmux.conf"
         config.write_text(
             "set -g status off\nset -g default-terminal tmux-256color\nset -g history-limit 5000\n"
@@ -42,7 +43,7 @@ class Terminal:
         term = [f"TERM={env['TERM']}"] if env.get("TERM") else []
         self._tmux(
             "-f", str(config), "new-session", "-d", "-x", str(size[0]), "-y", str(size[1]), "-c", str(folder),
-            "env", *term, "sh", "-c", inner.replace("; echo; echo exit=$?", "; code=$?; echo; echo exit=$code"),
+            "env", *term, "sh", "-c", inner,
         )
 
     def _tmux(self, *words: str) -> str:
