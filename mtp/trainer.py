@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,10 +75,13 @@ class HeadTrainer:
     def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> torch.Tensor:
         """One optimiser step; returns its loss (0-d, on the device). A step without pairs changes nothing."""
         loss = self.forward_backward(batches)
-        if any(p.requires_grad and g is not None for p, (_, g) in zip(
-                self.head.parameters(), self._optimiser.named_gradients(), strict=True)):
+        if any(gradient is not None for _, gradient in self.named_gradients()):
             self._optimiser.step(learning_rate)
         return loss
+
+    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Yields (parameter name, gradient since the last step or None)."""
+        return self._optimiser.named_gradients()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns masters and moments: all that a resume needs."""

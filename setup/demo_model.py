@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparktune.setup.demo_corpus import smoke_rows, stdlib_rows
+from sparktune.setup.demo_drafts import learn_drafts
 from sparktune.setup.demo_pretrain import learn_pairs
 from sparktune.setup.demo_tokenizer import train_tokenizer, write_tokenizer
 from sparktune.setup.plan.errors import UsageError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["MARKER_FILE", "is_made_as", "make_model", "mtp_shapes"]
 
 MARKER_FILE = "sparktune-demo.json"
-_RECIPE_VERSION = 4
+_RECIPE_VERSION = 5
 _SHARD_BYTES = 4 * 2**20
 
 
@@ -54,8 +55,8 @@ def make_model(
         tied: output head tied to the embeddings; otherwise `lm_head.weight` is stored too.
         vocab_size: tokens of the tokenizer, at least 384; the model's is padded to a multiple of 128.
         dtype: type of the stored weights.
-        pretrained: spend some seconds on teaching it which token follows which (setup/demo_pretrain.py); wants tied
-            embeddings and two layers.
+        pretrained: spend some seconds on teaching it which token follows which (setup/demo_pretrain.py), and its MTP
+            head to draft that (setup/demo_drafts.py); wants tied embeddings and two layers.
 
     Raises:
         ValueError: a size is out of its domain.
@@ -90,8 +91,10 @@ def make_model(
         _write_side_files(partial, ids)
         tensors = _tensors(config, seed)
         if pretrained:
-            answers = (m["content"] for row in stdlib_rows() for m in row["messages"] if m["role"] == "assistant")
-            learn_pairs(tensors, _demo_tokenizer(vocab_size), answers, config["text_config"]["rms_norm_eps"])
+            answers = [m["content"] for row in stdlib_rows() for m in row["messages"] if m["role"] == "assistant"]
+            eps = config["text_config"]["rms_norm_eps"]
+            learn_pairs(tensors, _demo_tokenizer(vocab_size), answers, eps)
+            learn_drafts(tensors, _demo_tokenizer(vocab_size), answers, eps)
         _write_weights(partial, {name: t.to(_dtype(dtype)) for name, t in tensors.items()}, sharded)
         marker = {"made_by": "sparktune demo", "note": "Weights and tokenizer were made on this machine.",
                   "recipe": recipe}

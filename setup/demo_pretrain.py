@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["learn_pairs"]
+__all__ = ["learn_pairs", "pair_counts", "word_states"]
 
 _STEPS = 60
 _RATE = 1e-2
@@ -42,7 +42,7 @@ def learn_pairs(tensors: dict[str, torch.Tensor], tokenizer_json: str, texts: It
     import torch
     from torch.nn import functional
 
-    counts = _pair_counts(tokenizer_json, texts, tensors[_TEXT + "embed_tokens.weight"].shape[0])
+    counts = pair_counts(tokenizer_json, texts, tensors[_TEXT + "embed_tokens.weight"].shape[0])
     contexts = counts.sum(1).topk(_CONTEXTS).indices
     share = counts[contexts] / counts[contexts].sum()
 
@@ -74,7 +74,23 @@ def learn_pairs(tensors: dict[str, torch.Tensor], tokenizer_json: str, texts: It
     return float(loss.detach())
 
 
-def _pair_counts(tokenizer_json: str, texts: Iterable[str], vocab_size: int) -> torch.Tensor:
+def word_states(tensors: dict[str, torch.Tensor], eps: float) -> torch.Tensor:
+    """Returns [V, H]: what the pre-trained model makes of each word alone, after the final norm, mixers left out."""
+    import torch
+    from torch.nn import functional
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (1 + tensors[_TEXT + name])
+
+    stream = tensors[_TEXT + "embed_tokens.weight"]
+    for layer in (f"layers.{i}." for i in range(_MLP_LAYERS)):
+        gate, up, down = (tensors[f"{_TEXT}{layer}mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        inner = norm(stream, f"{layer}post_attention_layernorm.weight")
+        stream = stream + (functional.silu(inner @ gate.T) * (inner @ up.T)) @ down.T
+    return norm(stream, "norm.weight")
+
+
+def pair_counts(tokenizer_json: str, texts: Iterable[str], vocab_size: int) -> torch.Tensor:
     """Returns [V, V] counts: row a, column b is how often b follows a."""
     import torch
     from tokenizers import Tokenizer

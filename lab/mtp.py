@@ -1,0 +1,257 @@
+"""The MTP head on a GPU: training speed and memory, and speculative decoding against plain decoding.
+
+usage: python -m sparktune.lab.mtp [--size 2B] [--pack 8192] [--out docs/results/mtp.csv]
+
+First the fused step's loss and gradient are compared with the references in float32 on the same weights and tokens; on
+red nothing is timed and the exit code is 1. Weights and tokens are random: throughput is what they measure. To have
+drafts that are accepted at all, the head is then trained for a moment on what this model says itself; acceptance there
+says nothing about a real model, wall times of a pass do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from sparktune.kernels.select import reference_ops
+from sparktune.lab.measure import machine_row
+from sparktune.lab.shapes import SIZES, make_model
+from sparktune.mtp.acceptance import Answer
+from sparktune.mtp.head import MtpHead
+from sparktune.mtp.losses import LossKind
+from sparktune.mtp.speculative import Decoded, HeadDrafter, speculate
+from sparktune.mtp.train_mtp import load_tower
+from sparktune.mtp.trainer import HeadTrainer, Recipe
+from sparktune.setup.data.cache import TokenDataset
+from sparktune.setup.plan.models import probe
+from sparktune.training.batch import MicroBatch
+from sparktune.training.model import build_model, load_weights
+from sparktune.training.packing import PackPlan
+from sparktune.training.tower import TextTower
+
+__all__ = ["main", "random_head"]
+
+LOSS_LIMIT, GRADIENT_LIMIT = 5e-3, 0.05
+
+
+def random_head(tower: TextTower, seed: int = 0) -> MtpHead:
+    """Returns a head of random weights, the same for every type and device."""
+    head = MtpHead(tower.spec, tower.ops, dtype=tower.dtype, device=tower.device)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in head.named_parameters():
+            scale = 0.1 if "norm" in name else 0.02
+            p.copy_((scale * torch.randn(p.shape, generator=generator)).to(torch.bfloat16))
+    return head
+
+
+def documents(tokens: int, supervised: float, vocabulary: int, seed: int) -> TokenDataset:
+    """Returns random examples of 400 to 3,000 tokens, the last `supervised` share of each learned."""
+    rng = np.random.default_rng(seed)
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        lengths.append(int(rng.integers(400, 3000)))
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+    flags = np.zeros(offsets[-1], dtype=np.uint8)
+    for end, length in zip(offsets[1:], lengths, strict=True):
+        flags[end - int(length * supervised) : end] = 1
+    ids = rng.integers(3, vocabulary - 1000, offsets[-1]).astype(np.uint32)
+    return TokenDataset(ids, flags, offsets, np.arange(1, len(lengths) + 1, dtype=np.int64), f"random-{seed}")
+
+
+def rows_of(tower: TextTower, pack: int, supervised: float, count: int) -> list[MicroBatch]:
+    """Returns `count` padded micro-batches of one pack each."""
+    data = documents(pack * (count + 1), supervised, tower.spec.vocab_size, seed=5)
+    packs = PackPlan(data, pack=True, pack_length=pack, seed=1, pad=True)
+    return [packs.micro_batch(0, i) for i in range(min(count, len(packs)))]
+
+
+def check(folder: Path, tower: TextTower, kind: LossKind) -> str:
+    """Returns what is wrong with the fused step, empty when nothing is."""
+    spec = probe(str(folder))
+    true_tower = build_model(spec, reference_ops(), torch.float32, tower.device)
+    load_weights(true_tower, folder, spec)
+    batch = rows_of(tower, 1024, 0.5, 1)
+    found = []
+    for model in (tower, true_tower):
+        trainer = HeadTrainer(model, random_head(model), Recipe(loss=kind))
+        loss = float(trainer.forward_backward(batch))
+        gradients = {n: g.float() for n, g in trainer.named_gradients() if g is not None}
+        found.append((loss, gradients))
+    (loss, mine), (true_loss, true) = found
+    # `not <=` rather than `>`, so that NaN is wrong
+    if not abs(loss - true_loss) <= LOSS_LIMIT * max(abs(true_loss), 1.0):
+        return f"{kind}: the loss is {loss:.6f}, float32 says {true_loss:.6f}"
+    for name, want in true.items():
+        error = float((mine[name] - want).norm() / want.norm())
+        if not error <= GRADIENT_LIMIT:
+            return f"{kind}: the gradient of {name} is {error:.1%} away from float32's"
+    print(f"check {kind}: loss {loss:.6f}, float32 {true_loss:.6f}; every gradient within {GRADIENT_LIMIT:.0%}")
+    return ""
+
+
+@contextmanager
+def clocked() -> Iterator[dict[str, float]]:
+    """Gives seconds and the peak of the block it surrounds."""
+    found: dict[str, float] = {}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    yield found
+    torch.cuda.synchronize()
+    found["seconds"] = time.perf_counter() - start
+    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+
+
+def train_speed(
+    tower: TextTower, pack: int, supervised: float, recipe: Recipe, warmup: int, steps: int
+) -> dict[str, Any]:
+    """Returns one row: tokens a second of whole optimiser steps, one pack each, and the peak."""
+    batches = rows_of(tower, pack, supervised, 4)
+    trainer = HeadTrainer(tower, random_head(tower), recipe)
+    for i in range(warmup):
+        loss = trainer.step([batches[i % len(batches)]], 1e-5)
+    times, tokens = [], 0
+    with clocked() as whole:
+        for i in range(steps):
+            batch = batches[i % len(batches)]
+            start = time.perf_counter()
+            loss = trainer.step([batch], 1e-5)
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1e3)
+            tokens += batch.real_tokens
+    times.sort()
+    return {
+        "what": "train", "pack": pack, "supervised_share": supervised, "loss": recipe.loss, "drafts": recipe.depth,
+        "lm_head_opt": recipe.lm_head_opt, "tok_per_s": round(tokens / whole["seconds"]),
+        "ms_p20": round(times[len(times) // 5], 2), "ms_p50": round(times[len(times) // 2], 2),
+        "ms_p80": round(times[len(times) * 4 // 5], 2), "peak_gib": round(whole["peak_gib"], 2),
+        "reserved_gib": round(whole["reserved_gib"], 2),
+        "note": f"loss {float(loss):.4f}; all supervised logits would be "
+                f"{batches[0].supervised_tokens * tower.spec.vocab_size * 2 / 2**30:.2f} GiB of bf16 a depth",
+    }
+
+
+def own_words(tower: TextTower, count: int, length: int) -> list[Answer]:
+    """Returns greedy continuations of random prompts."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, tower.spec.vocab_size - 1000, 64).tolist() for _ in range(count)]
+    return [Answer(prompt=tuple(p), answer=tuple(tower.generate(p, length, ()))) for p in prompts]
+
+
+def warm_head(tower: TextTower, said: list[Answer], steps: int) -> MtpHead:
+    """Returns a head that has seen some of what the model says."""
+    ids = [np.array([*a.prompt, *a.answer], dtype=np.uint32) for a in said]
+    flags = [np.array([0] * len(a.prompt) + [1] * len(a.answer), dtype=np.uint8) for a in said]
+    offsets = np.concatenate(([0], np.cumsum([len(i) for i in ids]))).astype(np.int64)
+    data = TokenDataset(np.concatenate(ids), np.concatenate(flags), offsets,
+                        np.arange(1, len(ids) + 1, dtype=np.int64), "own")
+    packs = PackPlan(data, pack=True, pack_length=int(offsets[-1]), seed=1)
+    trainer = HeadTrainer(tower, random_head(tower), Recipe())
+    for step in range(steps):
+        trainer.step([packs.micro_batch(0, 0)], 5e-4 * (1 - step / steps))
+    return trainer.head
+
+
+def decode_rows(tower: TextTower, head: MtpHead, said: list[Answer], drafts: int) -> list[dict[str, Any]]:
+    """Returns rows of plain decoding, of speculative decoding, and of its ceiling: drafts that are always right."""
+    def told(answer: Answer) -> Callable[[Any, torch.Tensor], list[int]]:
+        read = [0]
+
+        def draft(tokens: Any, hidden: torch.Tensor) -> list[int]:
+            read[0] += len(tokens) if read[0] else 1
+            return list(answer.answer[read[0] : read[0] + drafts])
+
+        return draft
+
+    length = len(said[0].answer)
+    methods: dict[str, Callable[[Answer], Decoded]] = {
+        "plain": lambda a: Decoded(tokens=tower.generate(a.prompt, length, ()), rounds=[], passes=length),
+        "speculative, this head": lambda a: speculate(
+            tower, HeadDrafter(tower, head, drafts, len(a.prompt) + length), a.prompt, length, (), drafts),
+        "speculative, drafts always right (ceiling without draft cost)": lambda a: speculate(
+            tower, told(a), a.prompt, length, (), drafts),
+    }
+    rows = []
+    for name, method in methods.items():
+        method(said[0])
+        with clocked() as whole:
+            done = [method(a) for a in said]
+        same = sum(tuple(d.tokens) == a.answer for d, a in zip(done, said, strict=True))
+        rounds, kept = sum(len(d.rounds) for d in done), sum(sum(d.rounds) for d in done)
+        rows.append({
+            "what": "decode", "note": f"{name}; {same} of {len(said)} texts token for token those of plain decoding"
+                                      " (bf16: passes of other shapes round differently)",
+            "drafts": drafts if rounds else 0,
+            "tok_per_s": round(sum(len(d.tokens) for d in done) / whole["seconds"], 1),
+            "ms_p50": round(whole["seconds"] * 1e3 / sum(d.passes for d in done), 2),
+            "acceptance_length": round(1 + kept / rounds, 3) if rounds else None,
+            "peak_gib": round(whole["peak_gib"], 2), "reserved_gib": round(whole["reserved_gib"], 2),
+        })
+    return rows
+
+
+_COLUMNS = ("gpu", "torch", "triton", "transformers", "commit", "date", "size", "what", "pack", "supervised_share",
+            "loss", "drafts", "lm_head_opt", "tok_per_s", "ms_p20", "ms_p50", "ms_p80", "acceptance_length", "peak_gib",
+            "reserved_gib", "note")
+
+
+def append(path: Path, size: str, row: dict[str, Any]) -> None:
+    """Prints a row and appends it to the CSV."""
+    print({k: v for k, v in row.items() if v is not None}, flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=_COLUMNS)
+        if new:
+            writer.writeheader()
+        known = {**machine_row(), "size": size, **row}
+        writer.writerow({column: known.get(column) for column in _COLUMNS})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the bench. Returns 0, 1 when a check is red, 3 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m sparktune.lab.mtp", description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=list(SIZES), default="2B")
+    parser.add_argument("--pack", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--model", type=Path, help="folder of the random model (made if missing)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/mtp.csv"))
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("This bench needs a CUDA GPU; torch sees none.", file=sys.stderr)
+        return 3
+    folder = make_model(args.model or Path(tempfile.gettempdir()) / f"sparktune-{args.size}", args.size)
+    tower = load_tower(folder, torch.device("cuda"))
+    for kind in get_args(LossKind):
+        wrong = check(folder, tower, kind)
+        if wrong:
+            print(f"RED: {wrong}. Nothing was timed.", file=sys.stderr)
+            return 1
+    torch.cuda.empty_cache()
+    base = Recipe()
+    for share, recipe in ((0.3, base), (1.0, base), (0.3, replace(base, loss="lk")), (0.3, replace(base, loss="hard"))):
+        append(args.out, args.size, train_speed(tower, args.pack, share, recipe, 4, args.steps))
+    append(args.out, args.size, train_speed(tower, args.pack, 0.3, replace(base, lm_head_opt=False), 2, 4))
+    torch.cuda.empty_cache()
+    said = own_words(tower, 4, 96)
+    head = warm_head(tower, said, 60)
+    for row in decode_rows(tower, head, said, 2):
+        append(args.out, args.size, row)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
