@@ -179,7 +179,8 @@ def run_sweep(trials: tuple[Trial, ...], folder: Path, limit_s: float) -> list[d
         rows.append({
             "plan": trial.name, "size": trial.size, "mode": trial.mode, "rank": trial.rank if trial.mode == "lora"
             else 0, "tokens": trial.tokens, "documents": trial.documents, "supervised": supervised, "accum": ACCUM,
-            "recompute": trial.recompute, "storage": trial.storage, "optimizer": trial.optimizer, "measure": "reserved" if trial.graphs else "allocated",
+            "recompute": trial.recompute, "storage": trial.storage, "optimizer": trial.optimizer,
+            "measure": "reserved" if trial.graphs else "allocated",
             "predicted_gib": round(predicted, 4), "measured_gib": round(measured, 4), "error": round(error, 5),
             "reserved_gib": round(reserved, 4), "verdict": word,
         })
@@ -199,7 +200,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("The memory sweep needs a CUDA GPU; torch sees none here.", file=sys.stderr)
         return 3
-    trials = tuple(t for t in (SMALL if options.small else QUANTISED if options.quantised else SWEEP) if options.only in t.name)
+    wanted = SMALL if options.small else QUANTISED if options.quantised else SWEEP
+    trials = tuple(t for t in wanted if options.only in t.name)
     rows = run_sweep(trials, options.folder, options.limit_s)
     judged = [float(str(row["error"])) for row in rows if row["verdict"] != "compared"]
     red = sum(row["verdict"] == "RED" for row in rows)

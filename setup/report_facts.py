@@ -16,7 +16,7 @@ from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, Plan
 from sparktune.setup.runstate import stages_of
 
-__all__ = ["Artifact", "Facts", "SamplePair", "StageFact", "gather", "summary_of", "versions"]
+__all__ = ["Artifact", "Facts", "SamplePair", "StageFact", "gather", "merge_gap", "summary_of", "versions"]
 
 _PACKAGES = (
     "sparktune", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "triton", "unsloth", "trl",
@@ -124,6 +124,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def merge_gap(run: RunDir) -> dict[str, Any] | None:
+    """Returns what training measured of a quantised base against the merged model; None where none was quantised."""
+    try:
+        found: dict[str, Any] = json.loads(run.merge_gap.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
 def summary_of(facts: Facts, replay: str) -> dict[str, Any]:
     """Returns summary.json: status, paths, figures, versions, hashes."""
     run, plan, data = facts.run, facts.plan, facts.data
@@ -152,6 +161,7 @@ def summary_of(facts: Facts, replay: str) -> dict[str, Any]:
         "stages_s": {s.name: s.seconds for s in facts.stages if s.seconds is not None},
         "kernels": plan.kernels if plan else {},
         "evaluation": _plain(facts.checks),
+        "quantised_base": merge_gap(run),
         "versions": facts.versions,
         "artifacts": [
             {"path": str(a.path.resolve()), "bytes": a.bytes, "sha256": a.sha256} for a in facts.artifacts

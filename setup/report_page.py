@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.schema import Plan
-from sparktune.setup.report_facts import Facts
+from sparktune.setup.report_facts import Facts, merge_gap
 from sparktune.setup.report_style import PAGE
 from sparktune.setup.report_svg import Drawing, Mark, Series, histogram, line_chart
 
@@ -86,6 +86,10 @@ def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
     peaks = [y for _, y in _series(facts.steps, "peak_gib")]
     if peaks:
         tiles.append(("Peak memory", f"{max(peaks):.2f} GiB", "of the training process"))
+    gap = merge_gap(facts.run)
+    if gap:
+        tiles.append(("Merged against trained", f"KL {_short(gap['kl_mean'])}",
+                      f"at most {_short(gap['kl_max'])}; trained over {gap['base']}, merged into the original weights"))
     seconds = sum(s.seconds or 0.0 for s in facts.stages)
     if seconds:
         tiles.append(("Time", _duration(seconds), "all stages"))

@@ -32,6 +32,7 @@ from sparktune.training.checkpoint import LoopState
 from sparktune.training.engine_choice import Choice
 from sparktune.training.loop import TrainingLoop
 from sparktune.training.memory import choose_recompute, measure_machine, reset_peak
+from sparktune.training.merge_gap import write_merge_gap
 from sparktune.training.metrics import MetricsLog
 from sparktune.training.narrator import Narrator
 from sparktune.training.native_engine import NativeEngine
@@ -269,6 +270,11 @@ def _run(
         result = loop.run_to_end()
     finally:
         loop.log.close()
+    if isinstance(loop.engine, NativeEngine) and base_storage(plan) != "none":
+        write_merge_gap(
+            loop.engine.model, model_dir, base_storage(plan), loop.evaluation, loop.train, run.merge_gap,
+            events.message,
+        )
     size = sum(path.stat().st_size for path in result.rglob("*") if path.is_file())
     events.emit("artifact", path=str(result), bytes=size)
     events.message(f"Trained: {result}")

@@ -17,7 +17,7 @@ from sparktune.setup.plan.weights import safetensors_header, safetensors_index, 
 from sparktune.training.quantised import put_stored
 from sparktune.training.tower import TextTower
 
-__all__ = ["export_weights", "load_weights"]
+__all__ = ["checkpoint_names", "export_weights", "load_weights"]
 
 IGNORED_PREFIXES = ("mtp.", "model.visual.", "visual.")
 """Of Qwen3.5: the MTP head and the vision tower, which text training neither reads nor changes."""
@@ -27,7 +27,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _SHARD_BYTES = 2 * 2**30
 
 
-def _checkpoint_names(index: Mapping[str, Path], spec: ModelSpec) -> dict[str, str]:
+def checkpoint_names(index: Mapping[str, Path], spec: ModelSpec) -> dict[str, str]:
     """Returns name in the text layout -> name in the checkpoint, from whichever layout the checkpoint has."""
     multimodal = "model.language_model.embed_tokens.weight" in index
     prefix = "model.language_model." if multimodal else "model."
@@ -102,7 +102,7 @@ def load_weights(
         PreflightError: tensors are missing, unexpected or misshapen (named), or files are missing or damaged.
     """
     index = safetensors_index(model_dir)
-    names = _checkpoint_names(index, spec)
+    names = checkpoint_names(index, spec)
     _check(model_dir, spec, index, names)
     slots, parameters = model.slots(), dict(model.named_parameters())
     assert slots.keys() == names.keys(), "the model and text_tower_shapes describe the same tensors"
@@ -143,7 +143,7 @@ def export_weights(
         PreflightError, SparktuneError: the folder cannot be written or the disk is full.
     """
     index = safetensors_index(model_dir)
-    names = _checkpoint_names(index, model.spec)
+    names = checkpoint_names(index, model.spec)
     parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     values = {n: (masters or {}).get(n, p) for n, p in parameters.items()}
     todo = [(names[n], slot) for n, slot in model.slots().items() if slot.parameter in values]

@@ -87,6 +87,8 @@ def export_run(stage: Stage) -> None:
     events.choice("gguf source", source.name, why)
     proven = find_tools() is not None
     record = {"run": run.name, "source_kind": why, "trained_sha256": read_record(run.merged).get("trained_sha256")}
+    if gap := read_record(run.merged).get("quantised_base"):
+        record["quantised_base"] = gap
     found = read_manifest(run.gguf)
     same = found and all(found.get(k) == v for k, v in record.items())
     same = same and (not proven or all("proof" in f for f in found["files"]))

@@ -328,7 +328,9 @@ def merge_run(stage: Stage) -> None:
         )
     trained = folders[0]
     base_dir = resolve_model_dir(stage.plan.model)
-    record = {"run": run.name, "model": stage.plan.model, "trained_sha256": fingerprint(trained)}
+    record: dict[str, Any] = {"run": run.name, "model": stage.plan.model, "trained_sha256": fingerprint(trained)}
+    if run.merge_gap.is_file():  # the base was quantised: how far this merge is from what was trained
+        record["quantised_base"] = json.loads(run.merge_gap.read_text(encoding="utf-8"))
     found = read_record(run.merged)
     if found and all(found.get(k) == v for k, v in record.items()):
         stage.events.message(f"{run.merged} is already the merge of this training; it is kept.")

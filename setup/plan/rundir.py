@@ -91,6 +91,11 @@ class RunDir:
         return self.root / "judged"
 
     @property
+    def merge_gap(self) -> Path:
+        """Over a quantised base: how far the merged model is from the trained one."""
+        return self.root / "quantised_base.json"
+
+    @property
     def summary(self) -> Path:
         """What a script wants at the end."""
         return self.root / "summary.json"

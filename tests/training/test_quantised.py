@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.schema import Plan
 from sparktune.training import quantised
 from sparktune.training.batch import MicroBatch
+from sparktune.training.merge_gap import measure_merge_gap
 from sparktune.training.native_engine import NativeEngine
 from sparktune.training.quantised import Nf4Rows, frozen_parameters, import_bitsandbytes, stored_bytes
 
@@ -166,3 +169,48 @@ def test_without_bitsandbytes_it_says_what_does_without(monkeypatch: pytest.Monk
     with pytest.raises(quantised.PreflightError, match="--quantise-base int8") as caught:
         import_bitsandbytes("A base in nf4", "--quantise-base int8")
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8", "none"])
+def test_the_gap_is_that_between_the_two_models(tiny_model: Path, tmp_path: Path, storage: str) -> None:
+    trained = engine(tiny_model, storage)
+    batches = [row(), row(5)]
+    found = measure_merge_gap(trained.model, tiny_model, batches)
+    # the merged model, made independently: the same adapters over the plain base
+    plain = engine(tiny_model, "none")
+    with torch.no_grad():
+        for module in plain.model.modules():
+            if isinstance(module, StaticLoRA):
+                for name in module.adapted:
+                    a, b = module.adapter_of(name, module.lora_a, module.lora_b)
+                    module.weight[module.rows()[name]] += module.scale * (b @ a)
+                module.lora_b.zero_()
+        losses = [sum(e.loss_sum(b).item() for b in batches) / 18 for e in (trained, plain)]
+        p, q = (
+            torch.cat([torch.log_softmax(e.model.logits(b)[b.supervised_rows], -1) for b in batches])
+            for e in (trained, plain)
+        )
+    assert found["tokens"] == 18
+    assert found["loss_trained"] == pytest.approx(losses[0], rel=1e-4)
+    assert found["loss_merged"] == pytest.approx(losses[1], rel=1e-4)
+    each = (p.exp() * (p - q)).sum(-1)
+    assert found["kl_mean"] == pytest.approx(each.mean().item(), rel=0.02, abs=1e-6)
+    assert found["kl_max"] == pytest.approx(each.max().item(), rel=0.02, abs=1e-6)
+    limits = {"none": (0.0, 1e-5), "int8": (1e-9, 1e-2), "nf4": (1e-5, 10.0)}[storage]
+    assert limits[0] <= found["kl_mean"] <= limits[1]
+    assert all(isinstance(m.weight, FrozenWeight) == (storage != "none") for m in trained.model.modules()
+               if isinstance(m, StaticLoRA))  # everything is back in its place
+
+
+def test_a_run_on_the_cpu_records_it(tiny_model: Path, smoke: Path, start_train: Any, tmp_path: Path) -> None:
+    process = start_train(
+        "--model", tiny_model, "--train-data", smoke, "--mode", "qlora", "--max-steps", "2", "--lora-r", "4",
+        "--name", "q", "--eval-split", "0.2", "--pack-length", "256", "--max-seq-length", "512",
+    )
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    found = json.loads((tmp_path / "results" / "q" / "quantised_base.json").read_text())
+    assert found["base"] == "nf4"
+    assert found["rows"] == "held out"
+    assert 0 <= found["kl_mean"] <= found["kl_max"]
+    assert "the merge is made with its original weights" in out + err
