@@ -53,6 +53,8 @@ token=${HF_TOKEN_PATH:-$hub/token}
 if [ -f "$token" ]; then
   flags+=(--volume "$(cd -- "$(dirname -- "$token")" && pwd -P)/$(basename -- "$token"):/run/secrets/hub:ro"
           --env HF_TOKEN_PATH=/run/secrets/hub)
+elif [ -n "${HF_TOKEN:-}" ]; then
+  echo "run.sh: HF_TOKEN stays here (docker inspect would show it); put it into $hub/token, readable by you alone" >&2
 fi
 if [ -n "$interface" ]; then
   network=(--network host --device /dev/infiniband --env NCCL_SOCKET_IFNAME="$interface"

@@ -196,6 +196,8 @@ def _make_base(engine: Engine, archive: Path) -> None:
         partial = archive.with_suffix(".partial")
         engine.docker("save", "-o", str(partial), BASE)
         partial.rename(archive)
+        for old in {*archive.parent.glob("base-*.tar")} - {archive}:
+            old.unlink()  # of another content; gigabytes each
 
 
 @pytest.fixture(scope="session")

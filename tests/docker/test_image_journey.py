@@ -52,15 +52,15 @@ class Person:
         subprocess.run(["chown", "-R", f"{UID}:{GID}", folder], check=True)
         self.said: list[str] = []
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Starts `./run.sh` with these arguments."""
+    def start(self, *arguments: str, script: str = "run.sh") -> subprocess.Popen[str]:
+        """Starts a script of the checkout with these arguments."""
         env = {"PATH": os.environ["PATH"], "HOME": str(self.home), "DOCKER_HOST": self.engine.host, "CI": "true",
                "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
         # pytest's folders are root's alone: this process may pass through them, and owns what it writes
         rights = "+dac_read_search"
         return subprocess.Popen(
             ["setpriv", f"--reuid={UID}", f"--regid={GID}", "--clear-groups", f"--inh-caps={rights}",
-             f"--ambient-caps={rights}", str(ROOT / "run.sh"), *arguments],
+             f"--ambient-caps={rights}", str(ROOT / script), *arguments],
             cwd=self.work, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )
 
@@ -169,6 +169,22 @@ def test_a_run_survives_a_killed_container_a_killed_start_and_ctrl_c(person: Per
     everything = [*person.said, *seen, *(json.dumps(image.attrs) for image in images),
                   *(engine.docker("history", "--no-trunc", image.id).stdout for image in images)]
     assert [text for text in everything if TOKEN in text] == []
+
+
+def test_any_command_runs_in_the_image_as_the_caller(person: Person, client: Any, engine: Any) -> None:
+    ensure_image(client, ROOT, "2026.05", "opt", on_event=lambda event: None)
+    code, said = person.finish(person.start(
+        "--data", str(person.work), "--offline", "--", "sh", "-c",
+        'id -u; pwd; cat "$HF_TOKEN_PATH" | wc -c; echo hello > made; python -c "import sparktune, transformers"; '
+        'ls /sys/class/net',
+        script="scripts/run.sh",
+    ))
+    assert code == 0, said
+    assert said.splitlines()[-4:] == [str(UID), "/data", str(len(TOKEN)), "lo"]
+    assert (person.work / "made").read_text() == "hello\n"
+    assert engine.idle()
+    assert person.strangers() == []
+    assert TOKEN not in said
 
 
 @pytest.mark.slow

@@ -53,13 +53,17 @@ def builder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
+WRONG_HASH = SIX.replace("4721f391", "00000000")
+
+
 @pytest.mark.parametrize(
-    ("lock", "finding"),
+    ("builder", "lock", "finding"),
     [
-        (SIX.replace("4721f391", "00000000"), "wrong-hash"),
-        ("torch==2.13.0 --hash=sha256:" + "0" * 64 + "\n", "torch-in-lock"),
-        ("no-such-package-of-ours==1.0 --hash=sha256:" + "0" * 64 + "\n", "no-locked-version"),
+        ("buildkit", WRONG_HASH, "wrong-hash"), ("sdk", WRONG_HASH, "wrong-hash"),
+        ("buildkit", "torch==2.13.0 --hash=sha256:" + "0" * 64 + "\n", "torch-in-lock"),
+        ("sdk", "no-such-package-of-ours==1.0 --hash=sha256:" + "0" * 64 + "\n", "no-locked-version"),
     ],
+    indirect=["builder"],
 )
 def test_a_failing_step_is_named(
     client: Any, engine: Any, checkout: Any, builder: str, lock: str, finding: str
