@@ -9,17 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparktune.setup import strings
+from sparktune.setup.estimate import run_eta
 from sparktune.setup.machine.doctor import disk_by_stage
-from sparktune.setup.machine.speedbook import load_book
 from sparktune.setup.pipeline import Analysis, check_name_free
 from sparktune.setup.plan.errors import SparktuneError
-from sparktune.setup.plan.eta import duration, estimate
+from sparktune.setup.plan.eta import duration
 from sparktune.setup.plan.exports import check_exports
 from sparktune.setup.plan.memory import check_fits
 from sparktune.setup.plan.recommend import planned_steps
 from sparktune.setup.plan.schema import Plan
 from sparktune.setup.plan.trainable import check_trainable
-from sparktune.setup.runstate import stages_of
 
 __all__ = ["Outlook", "outlook"]
 
@@ -56,11 +55,7 @@ def outlook(plan: Plan, analysis: Analysis) -> Outlook:
 
 
 def _time(plan: Plan, analysis: Analysis) -> str:
-    book = load_book()
-    eta = estimate(
-        plan, analysis.spec, analysis.report, analysis.machine, stages=stages_of(plan)[1:], book=book.speeds,
-        paces=book.paces,
-    )
+    eta = run_eta(plan, analysis.spec, analysis.report, analysis.machine)
     if eta.unknown:
         return strings.OUTLOOK_NO_TIME.format(why=eta.unknown)
     train = eta.stage("train")

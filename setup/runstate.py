@@ -29,7 +29,7 @@ EVALUATION_FIELDS = ("eval_prompts", "validator", "baseline", "eval_checkpoints"
 """Fields that say how a finished run is judged: `evaluate RUN` may give them anew."""
 _NOT_MATHS = (
     "name", "results", "output", "backend", "stack", "mtp", "gguf", "resume_from_checkpoint", "schema_version",
-    "origins", "kernels", "trial", "calibrate", *EVALUATION_FIELDS,
+    "origins", "kernels", "tracker", "tracker_project", "trial", "calibrate", *EVALUATION_FIELDS,
 )
 _FIELDS: dict[str, tuple[str, ...]] = {"mtp": ("mtp",), "gguf": ("gguf",), "evaluate": EVALUATION_FIELDS}
 

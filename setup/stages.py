@@ -16,6 +16,7 @@ from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
 from sparktune.setup.progress import Display
 from sparktune.setup.runstate import RunLock
+from sparktune.setup.trackers import open_tracking
 
 __all__ = ["StageFailed", "StageRunner"]
 
@@ -83,6 +84,7 @@ class StageRunner:
         tail = _Tail(self.run.stage_events(stage))
         errors: list[str] = []
         log_start = self.run.log.stat().st_size if self.run.log.exists() else 0
+        tracking = open_tracking(self.plan, self.run, self.display.say, stage)
         self.display.begin(stage, number, count)
         begun, code = time.monotonic(), int(ExitCode.INTERRUPTED)
         with self.run.events.open("a", encoding="utf-8") as events:
@@ -92,6 +94,7 @@ class StageRunner:
                 for event in tail.read():
                     events.write(json.dumps(event, ensure_ascii=False) + "\n")
                     events.flush()
+                    tracking.event(event)
                     if event.get("kind") == "message" and event.get("level") == "error":
                         errors.append(str(event.get("text", "")))  # shown below, when the bar is gone
                     else:
@@ -106,6 +109,7 @@ class StageRunner:
                 tail.close()
                 seconds = time.monotonic() - begun
                 self.display.end(stage, seconds, code)
+                tracking.finish(code == ExitCode.OK)
         if code != ExitCode.OK:
             if self.stop.count and code != ExitCode.STOPPED:
                 code = int(ExitCode.INTERRUPTED)

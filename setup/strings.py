@@ -51,6 +51,8 @@ CHECKS_TITLE = "Preflight"
 RESULT_TITLE = "Result of {name}"
 NEXT_TITLE = "What to do next"
 
+TRACKER_LOST = "The tracker {name} is left out from here on: {why}. Training goes on; metrics.jsonl has every step."
+
 # -- commands
 ABOUT = "From a chat JSONL to a fine-tuned, merged, exported model."
 USAGE = "./run.sh [COMMAND] [RUN] [flags]"

@@ -184,6 +184,15 @@ def _exports(plan: Plan) -> Check:
     return Check(name="exports", status="ok", seen=f"GGUF {', '.join(plan.gguf) or 'none'}; MTP head {plan.mtp}")
 
 
+def _tracker(plan: Plan) -> Check:
+    if plan.tracker == "none" or importlib.util.find_spec(plan.tracker) is not None:
+        return Check(name="tracker", status="ok", seen=plan.tracker)
+    return Check(
+        name="tracker", status="failed", seen=f"{plan.tracker} is not installed in {sys.prefix}",
+        fix=f"{sys.executable} -m pip install {plan.tracker}; or leave out --tracker.", exit_code=ExitCode.PREFLIGHT,
+    )
+
+
 def _folders(plan: Plan) -> Check:
     for flag, path in (("--results", plan.results), ("--output", plan.output)):
         parent = existing_parent(path)
@@ -240,7 +249,7 @@ def run_checks(plan: Plan) -> list[Check]:
         return check
 
     asked: dict[str, Callable[[Plan], Check]] = {
-        "model": model, "data": _data, "exports": _exports, "disk": lambda plan: _disk(plan, found[0]),
+        "model": model, "data": _data, "exports": _exports, "tracker": _tracker, "disk": lambda plan: _disk(plan, found[0]),
     }
     return [*machine_checks(plan), *(guarded(name, partial(check, plan)) for name, check in asked.items())]
 

@@ -163,6 +163,12 @@ class Plan(_Strict):
     """User messages answered during training; the first held-out prompts when left out."""
     tensorboard: bool = Field(True, json_schema_extra=flags("--tensorboard"))
     """Write TensorBoard curves into the run folder."""
+    tracker: Literal["none", "wandb", "mlflow", "trackio"] = Field(
+        "none", json_schema_extra=flags("--tracker", surface="run")
+    )
+    """Experiment tracker that also gets the figures; its library is an extra of the same name."""
+    tracker_project: str = Field("sparktune", json_schema_extra=flags("--tracker-project", surface="run"))
+    """Project (W&B, Trackio) or experiment (MLflow) that the tracker files the run under."""
     resume_from_checkpoint: Path | None = Field(
         None, json_schema_extra=flags("--resume-from-checkpoint", surface="train")
     )
