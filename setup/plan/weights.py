@@ -10,7 +10,7 @@ from pathlib import Path
 from sparktune.setup.plan.errors import PreflightError
 from sparktune.setup.plan.schema import ModelSpec
 
-__all__ = ["TensorEntry", "safetensors_header", "safetensors_index", "text_tower_shapes"]
+__all__ = ["TensorEntry", "header_entries", "safetensors_header", "safetensors_index", "text_tower_shapes"]
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 * 2**20
@@ -42,7 +42,24 @@ def _broken(path: Path, seen: str) -> PreflightError:
     )
 
 
-def _entries(path: Path, size: int, header: dict[str, object], data_start: int) -> dict[str, TensorEntry]:
+def header_entries(path: Path, size: int, raw: bytes) -> dict[str, TensorEntry]:
+    """Returns the tensors that a safetensors header describes.
+
+    Args:
+        path: what messages call the file.
+        size: of the whole file, in bytes.
+        raw: the JSON header, what follows the file's first eight bytes.
+
+    Raises:
+        PreflightError: the header is damaged, or does not describe a file of this size.
+    """
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise _broken(path, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "its header is not a JSON object")
+    data_start = 8 + len(raw)
     entries: dict[str, TensorEntry] = {}
     covered = 0
     for name, value in header.items():
@@ -84,13 +101,7 @@ def safetensors_header(path: Path) -> dict[str, TensorEntry]:
             raw = file.read(length)
     except OSError as error:
         raise PreflightError(f"{path} should be a readable safetensors file: {error.strerror or error}.") from error
-    try:
-        header = json.loads(raw)
-    except ValueError as error:
-        raise _broken(path, f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _broken(path, "its header is not a JSON object")
-    return _entries(path, size, header, 8 + length)
+    return header_entries(path, size, raw)
 
 
 def _index_of_files(folder: Path, files: list[Path]) -> dict[str, Path]:

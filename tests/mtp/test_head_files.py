@@ -59,24 +59,6 @@ def test_extract_takes_the_15_tensors_byte_for_byte(base: Path, tmp_path: Path) 
         extract(str(base), out)
 
 
-def test_extract_fetches_only_the_shards_that_hold_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = make_model(tmp_path / "m", vocab_size=1024)
-    index = safetensors_index(base)
-    holders = {f.name for n, f in index.items() if n.startswith("mtp.")}
-    assert len(holders) < len(set(index.values()))
-    fetched: list[str] = []
-
-    def hub(source: str, name: str) -> Path | None:
-        fetched.append(name)
-        return base / name if (base / name).is_file() else None
-
-    monkeypatch.setattr(extract_module, "_fetch", hub)
-    extract("Some/Model", tmp_path / "head.safetensors")
-    assert fetched[:2] == ["config.json", "model.safetensors.index.json"]
-    assert set(fetched[2:]) == holders
-    assert len(load_file(tmp_path / "head.safetensors")) == 15
-
-
 def test_inject_changes_only_head_and_config_and_shares_the_rest(base: Path, tmp_path: Path) -> None:
     head = other_head(base, tmp_path / "head.safetensors")
     (base / "additional_chat_templates").mkdir(exist_ok=True)
