@@ -96,7 +96,7 @@ def compile_for_gb10(launch: Launch, target: GPUTarget = GB10) -> Compiled:
     )
 
 
-def _launch_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: str) -> Launch:
+def launch_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: str) -> Launch:
     """Derives what Triton's launcher would: types from tensors, divisibility from integers, 1 as a constant."""
     given = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
     signature, constants, aligned = {}, {}, []
@@ -134,7 +134,7 @@ def recorded_launches(label: str = "") -> Iterator[list[Launch]]:
     run = JITFunction.run
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(_launch_of(self, args, kwargs, label))
+        launches.append(launch_of(self, args, kwargs, label))
 
     JITFunction.run = record
     try:
