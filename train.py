@@ -46,8 +46,10 @@ def main() -> int:
     args = parser.parse_args()
 
     from sparktune.setup.plan.errors import SparktuneError
+    from sparktune.training.compilers import private_compilers
     from sparktune.training.engine_choice import engine_of_command, load_unsloth
 
+    private_compilers(os.environ)
     flags = given_flags(args)
     choice = engine_of_command(flags, args.config, os.environ)
     if choice is not None and choice.engine == "unsloth":
