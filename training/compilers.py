@@ -2,8 +2,9 @@
 
 gcc looks for a file `specs` wherever it looks for start files. An empty or relative entry of LIBRARY_PATH (images set
 `.../stubs:`), COMPILER_PATH or GCC_EXEC_PREFIX makes the working directory one of those places, and a folder or file
-`specs` there ends every compilation: "cannot read spec file './specs': Is a directory". Triton compiles its launchers and torch.compile its C++ with $CC and $CXX, in the process's working directory. So training's process cleans
-those variables and compiles through a small script that first goes to a folder of its own.
+`specs` there ends every compilation: "cannot read spec file './specs': Is a directory". Triton compiles its launchers
+and torch.compile its C++ with $CC and $CXX, in the process's working directory. So training's process cleans those
+variables and compiles through a small script that first goes to a folder of its own.
 """
 
 from __future__ import annotations
