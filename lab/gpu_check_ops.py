@@ -18,7 +18,7 @@ from sparktune.kernels.columns import split_columns
 from sparktune.kernels.gated_delta_rule.gates import gdn_gates_fused
 from sparktune.kernels.gated_rms_norm.function import gated_rms_norm_fused
 from sparktune.kernels.linear_cross_entropy.function import linear_cross_entropy_fused
-from sparktune.kernels.lora_linear.function import lora_linear_fused, silu_mul_lora_linear_fused
+from sparktune.kernels.lora_linear.function import lora_linear_fused
 from sparktune.kernels.rms_norm.function import add_rms_norm_fused
 from sparktune.kernels.sigmoid_gate.function import sigmoid_gate_fused
 from sparktune.kernels.silu_mul.function import silu_mul_fused
@@ -200,21 +200,6 @@ def _loss() -> list[Timed]:
     ]
 
 
-def _down() -> list[Timed]:
-    def make() -> Inputs:
-        return {
-            "gu": _r(T, 2 * FFN, grad=True), "w": _r(H, FFN, scale=0.02),
-            "a": _r(RANK, FFN, grad=True, scale=0.01, dtype=torch.float32),
-            "b": _r(H, RANK, grad=True, scale=0.01, dtype=torch.float32),
-        }
-
-    return [_op(
-        "silu_mul_lora_linear down", make,
-        lambda i: silu_mul_lora_linear_fused(i["gu"], i["w"], None, i["a"], i["b"], 1.0),
-        ("gu", "a", "b"), gflop=(4 * T * H * FFN + 6 * T * RANK * (H + FFN)) / 1e9, per_model=24,
-    )]
-
-
 TIMED: tuple[Timed, ...] = (
     *_elementwise(),
     *_loss(),
@@ -224,5 +209,4 @@ TIMED: tuple[Timed, ...] = (
     *_lora("attention_out", NH * D, (H,), 0, 6),
     *_lora("gate_up", H, (FFN, FFN), 0, 24),
     *_lora("down", FFN, (H,), 0, 24),
-    *_down(),
 )

@@ -21,7 +21,7 @@ from sparktune.kernels.gated_rms_norm.function import gated_rms_norm_fused
 from sparktune.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from sparktune.kernels.linear_cross_entropy.function import linear_cross_entropy_fused
 from sparktune.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
-from sparktune.kernels.lora_linear.function import lora_linear_fused, silu_mul_lora_linear_fused
+from sparktune.kernels.lora_linear.function import lora_linear_fused
 from sparktune.kernels.lora_linear.reference import lora_linear_reference
 from sparktune.kernels.rms_norm.function import add_rms_norm_fused, rms_norm_fused
 from sparktune.kernels.rms_norm.reference import add_rms_norm_reference, rms_norm_reference
@@ -295,21 +295,6 @@ def _lora_case(T: int, width: int, sizes: Sequence[int], adapted: int, r: int, s
     )
 
 
-def _mlp_case(T: int, inner: int, H: int, r: int) -> Case:
-    def ref(t: Tensors) -> tuple[torch.Tensor]:
-        x = silu_mul_reference(t["gu"][:, :inner], t["gu"][:, inner:])
-        return (lora_linear_reference(x, t["weight"], None, t["a"], t["b"], (H,), 0.5),)
-
-    return Case(
-        name=f"silu_mul_lora_linear_{T}x{inner}x{H}r{r}", grads=("gu", "a", "b"), keep=("a", "b"), ref=ref,
-        make=lambda g: {
-            "gu": _normal(g, T, 2 * inner), "weight": _normal(g, H, inner, scale=inner**-0.5),
-            "a": _normal(g, r, inner, scale=inner**-0.5), "b": _normal(g, H, r, scale=r**-0.5),
-        },
-        tri=lambda t: (silu_mul_lora_linear_fused(t["gu"], t["weight"], None, t["a"], t["b"], 0.5),),
-    )
-
-
 def _plain_split(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
     return x.split(list(sizes), dim=-1)
 
@@ -405,7 +390,6 @@ CASES: tuple[Case, ...] = (
     _lora_case(23, 32, (24, 16, 8), 2, 8, 0.5, False),
     _lora_case(23, 32, (24, 16), 2, 4, 2.0, True),
     _lora_case(9, 16, (24,), 1, 4, 1.0, False),
-    _mlp_case(23, 40, 32, 4),
     _grouped_gdn_case((3, 1, 19), 2, 16),
     _grouped_attention_case(13, 2, 1, 16),
     _grouped_mlp_case(9, 24, False),

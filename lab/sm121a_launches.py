@@ -76,8 +76,7 @@ def _attention(heads: int, kv: int) -> None:
 def _mlp(ffn: int) -> None:
     product = _t(T, 2 * ffn)
     y = silu_mul_fwd(product[:, :ffn], product[:, ffn:])
-    silu_mul_bwd(y, product[:, :ffn], product[:, ffn:], False)
-    silu_mul_bwd(y, product[:, :ffn], product[:, ffn:], True)
+    silu_mul_bwd(y, product[:, :ffn], product[:, ffn:])
 
 
 def _loss(hidden: int) -> None:

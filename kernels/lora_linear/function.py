@@ -20,9 +20,8 @@ from torch.autograd.function import once_differentiable
 from sparktune.kernels.columns import ask_for_spare_columns, room_beside
 from sparktune.kernels.frozen_weight import FrozenWeight, dense
 from sparktune.kernels.matmul import matmul_fp32
-from sparktune.kernels.silu_mul.triton import silu_mul_bwd, silu_mul_fwd
 
-__all__ = ["lora_linear_fused", "silu_mul_lora_linear_fused"]
+__all__ = ["lora_linear_fused"]
 
 
 @dataclass(frozen=True)
@@ -144,38 +143,6 @@ class _LoRALinear(torch.autograd.Function):
         return dx, dw, dbias, da, db, None, None
 
 
-class _SiluMulLoRALinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, gate_up: torch.Tensor, weight: torch.Tensor | FrozenWeight, bias: torch.Tensor | None,
-        lora_a: torch.Tensor, lora_b: torch.Tensor, mask: torch.Tensor | None, group: _Group,
-    ) -> torch.Tensor:
-        half = gate_up.shape[1] // 2
-        x = silu_mul_fwd(gate_up[:, :half], gate_up[:, half:])
-        a, b = _compute_copies(lora_a, lora_b, group.scale, x.dtype)
-        y, xa = _forward(x, dense(weight), bias, a, b, group, mask)
-        kept, ctx.frozen = _kept(weight)
-        ctx.save_for_backward(gate_up, kept, a, b, xa, mask)
-        ctx.group, ctx.dtypes = group, (lora_a.dtype, lora_b.dtype)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate_up, weight, a, b, xa, mask = ctx.saved_tensors
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        half = gate_up.shape[1] // 2
-        dx, dxa = _backward_x(dy, _again(weight, ctx.frozen), a, b, ctx.group, mask, True)
-        # one launch: d(gate | up) where the grouped product expects it, and the product itself again for dA
-        dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-        halves = dgate_up[:, :half], dgate_up[:, half:]
-        _, _, x = silu_mul_bwd(dx, gate_up[:, :half], gate_up[:, half:], recompute=True, out=halves)
-        del dx
-        da, db = _backward_weights(dy, x, xa, dxa, ctx.group, b.shape[1], mask, ctx.dtypes)
-        dw, dbias = _base_gradients(ctx, dy, x, weight)
-        return dgate_up, dw, dbias, da, db, None, None
-
-
 class _StackedLoRALinear(torch.autograd.Function):
     """As _LoRALinear, with A's rows below the base's: one product gives y and x A^T, one gives dy W + dxa A."""
 
@@ -281,30 +248,3 @@ def lora_linear_fused(
         ask_for_spare_columns(y, lora_a.shape[0])
         return y
     return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, dropout_mask, _Group(tuple(out_sizes), float(scale)))
-
-
-def silu_mul_lora_linear_fused(
-    gate_up: torch.Tensor, weight: torch.Tensor | FrozenWeight, bias: torch.Tensor | None, lora_a: torch.Tensor,
-    lora_b: torch.Tensor, scale: float, dropout_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The second half of a gated MLP: lora_linear(silu(gate) * up), which keeps gate_up and nothing of width I.
-
-    The product silu(gate) * up is written again by the backward's own launch, so it lives for one product only.
-
-    Args:
-        gate_up: [T, 2I], the grouped product as it left `lora_linear`.
-        weight: [H, I]; bias [H] or None; lora_a [r, I]; lora_b [H, r]: down_proj.
-        scale: alpha / r.
-        dropout_mask: [T, I] or None, as in `lora_linear_fused`.
-
-    Returns:
-        y [T, H]. The gradient of gate_up is one contiguous [T, 2I] tensor.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit together.
-    """
-    _check(gate_up.shape[-1] // 2, gate_up, weight, lora_a, lora_b, (weight.shape[0],))
-    if gate_up.stride(-1) != 1:
-        gate_up = gate_up.contiguous()
-    group = _Group((weight.shape[0],), float(scale))
-    return _SiluMulLoRALinear.apply(gate_up, weight, bias, lora_a, lora_b, dropout_mask, group)

@@ -33,8 +33,7 @@ class _SiluMul(torch.autograd.Function):
         out = None
         if places[0] is not None and places[1] is not None and places[0].stride() == places[1].stride():
             out = places[0], places[1]
-        d_gate, d_up, _ = silu_mul_bwd(_inner(dy), gate, up, recompute=False, out=out)
-        return d_gate, d_up
+        return silu_mul_bwd(_inner(dy), gate, up, out)
 
 
 def silu_mul_fused(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

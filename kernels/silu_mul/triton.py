@@ -5,7 +5,7 @@ Legend: T tokens, F ffn width, BT x BI the tile of one program.
     y = gate * s * up,  s = sigmoid(gate);   dgate = dy * up * s * (1 + gate * (1 - s));   dup = dy * gate * s
 
 gate and up are row-strided views, usually the two halves of one [T, 2F] product; the backward writes both gradients
-into the halves of one [T, 2F] buffer, which the backward product takes as it is, and can write y again on the way.
+into the halves of one [T, 2F] buffer, which the backward product takes as it is.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ def silu_mul_fwd_kernel(gate, up, y, T, F, stride_g, stride_u, BT: tl.constexpr,
 
 @triton.jit
 def silu_mul_bwd_kernel(
-    dy, gate, up, dgate, dup, y, T, F, stride_dy, stride_g, stride_u, stride_d,
-    BT: tl.constexpr, BI: tl.constexpr, RECOMPUTE: tl.constexpr,
+    dy, gate, up, dgate, dup, T, F, stride_dy, stride_g, stride_u, stride_d, BT: tl.constexpr, BI: tl.constexpr,
 ):
-    """Grid (cdiv(F, BI), cdiv(T, BT)): a program owns BT x BI elements of both gradients (and of y if RECOMPUTE)."""
+    """Grid (cdiv(F, BI), cdiv(T, BT)): a program owns BT x BI elements of both gradients."""
     o_i = tl.program_id(0) * BI + tl.arange(0, BI)[None, :]
     o_t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
     m = (o_t < T) & (o_i < F)
@@ -49,8 +48,6 @@ def silu_mul_bwd_kernel(
     b_dg = b_dy * b_u * (b_s + b_a * (1.0 - b_s))
     tl.store(dgate + o_t * stride_d + o_i, b_dg.to(dgate.dtype.element_ty), mask=m)
     tl.store(dup + o_t * stride_d + o_i, (b_dy * b_a).to(dup.dtype.element_ty), mask=m)
-    if RECOMPUTE:
-        tl.store(y + o_t * F + o_i, (b_a * b_u).to(y.dtype.element_ty), mask=m)
 
 
 def _grid(T: int, F: int) -> tuple[int, int]:
@@ -69,10 +66,9 @@ def silu_mul_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def silu_mul_bwd(
-    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, recompute: bool,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Returns dgate, dup [T, F], and y [T, F] again if `recompute`, else None.
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns dgate and dup, [T, F] each.
 
     The gradients go to `out`, two views of one row stride, or to the halves of a new [T, 2F] tensor.
     """
@@ -81,11 +77,9 @@ def silu_mul_bwd(
         d = torch.empty((T, 2 * F), dtype=gate.dtype, device=gate.device)
         out = d[:, :F], d[:, F:]
     d_gate, d_up = out
-    y = torch.empty((T, F), dtype=gate.dtype, device=gate.device) if recompute else None
     if d_gate.numel():
         silu_mul_bwd_kernel[_grid(T, F)](
-            dy, gate, up, d_gate, d_up, d_gate if y is None else y, T, F,
-            dy.stride(0), gate.stride(0), up.stride(0), d_gate.stride(0),
-            BT=BT, BI=BI, RECOMPUTE=recompute, num_warps=NUM_WARPS,
+            dy, gate, up, d_gate, d_up, T, F, dy.stride(0), gate.stride(0), up.stride(0), d_gate.stride(0),
+            BT=BT, BI=BI, num_warps=NUM_WARPS,
         )
-    return d_gate, d_up, y
+    return d_gate, d_up
