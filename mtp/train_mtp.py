@@ -121,7 +121,7 @@ def train_head(
     Raises:
         UsageError: the head is not one of this model, or there is nothing to learn from.
         StoppedResumable: a stop was asked for; a checkpoint was written.
-        SparktuneError: a checkpoint of other settings lies in `run.work`, or the loss is no number.
+        SparktuneError: the loss is no number, or a checkpoint cannot be read or written.
     """
     lengths = data.lengths.tolist()
     if not lengths or not int(data.supervised_counts.sum()):
@@ -155,7 +155,13 @@ def _resume(run: HeadRun, trainer: HeadTrainer, maths: dict[str, Any], events: E
     if found is None:
         return LoopState(maths=maths)
     state = checkpoints.load_loop_state(found)
-    checkpoints.check_same_run(state.maths, maths, found)
+    if state.maths != maths:
+        changed = sorted(k for k in maths.keys() | state.maths.keys() if maths.get(k) != state.maths.get(k))
+        for old in checkpoints.checkpoints_of(run.work):
+            checkpoints.set_aside(old, "superseded")
+        events.message(f"{found} was made with other settings ({', '.join(changed)}): it is set aside, and the head "
+                       "starts anew.", "warning")
+        return LoopState(maths=maths)
     trainer.load_state(checkpoints.load_engine_state(found))
     events.message(f"The MTP head goes on from {found.name}.")
     return state

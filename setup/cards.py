@@ -175,10 +175,21 @@ def result_table(plan: Plan, run: RunDir) -> Table:
         table.add_row("training loss", f"{losses[0]:.4f} -> {losses[1]:.4f}")
     files = [
         ("adapter", run.adapter), ("weights", run.weights), ("merged model", run.merged),
-        ("with MTP head", run.mtp(plan.mtp)), *(("GGUF", p) for p in sorted(run.gguf.glob("*.gguf"))),
-        ("report", run.report), ("summary", run.summary),
+        ("with MTP head", run.served_mtp(plan.mtp) or run.mtp(plan.mtp)),
+        *(("GGUF", p) for p in sorted(run.gguf.glob("*.gguf"))), ("report", run.report), ("summary", run.summary),
     ]
     for what, path in files:
         if path.exists():
             table.add_row(what, escape(f"{path} ({_size(path)})"))
+    for line in head_lines(run) if plan.mtp == "trained" else []:
+        table.add_row("drafts", escape(line))
     return table
+
+
+def head_lines(run: RunDir) -> list[str]:
+    """Returns what was measured of the trained and the base's own MTP head, none where nothing was."""
+    try:
+        lines = json.loads((run.mtp_work / "acceptance.json").read_text(encoding="utf-8"))["lines"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [str(line) for line in lines]

@@ -141,8 +141,9 @@ def summary_of(facts: Facts, replay: str) -> dict[str, Any]:
         "run": run.root, "plan": run.plan, "report": run.report, "metrics": run.metrics, "samples": run.samples,
         "adapter": run.adapter, "weights": run.weights, "merged": run.merged, "gguf": run.gguf,
     }
-    if plan and plan.mtp != "skip":
-        paths["mtp"] = run.mtp(plan.mtp)
+    served = run.served_mtp(plan.mtp) if plan else None
+    if served is not None:
+        paths["mtp"] = served
     return {
         "schema_version": 1,
         "run": run.name,

@@ -21,17 +21,18 @@ __all__ = [
 STAGES = ("prepare", "train", "merge", "mtp", "gguf", "evaluate", "report")
 """Stages in their order."""
 _SMALL_BYTES = 2**20
-_DATA_FIELDS = (
+DATA_FIELDS = (
     "model", "data", "eval_data", "eval_split", "text_field", "thinking", "max_seq_length", "over_length",
     "bad_row_limit", "dedupe", "redact_pii",
 )
 EVALUATION_FIELDS = ("eval_prompts", "validator", "baseline", "eval_checkpoints")
 """Fields that say how a finished run is judged: `evaluate RUN` may give them anew."""
+MTP_FIELDS = ("mtp", "mtp_head", "mtp_epochs", "mtp_learning_rate")
 _NOT_MATHS = (
-    "name", "results", "output", "backend", "stack", "mtp", "gguf", "resume_from_checkpoint", "schema_version",
-    "origins", "kernels", "tracker", "tracker_project", "trial", "calibrate", *EVALUATION_FIELDS,
+    "name", "results", "output", "backend", "stack", "gguf", "resume_from_checkpoint", "schema_version", "origins",
+    "kernels", "tracker", "tracker_project", "trial", "calibrate", *MTP_FIELDS, *EVALUATION_FIELDS,
 )
-_FIELDS: dict[str, tuple[str, ...]] = {"mtp": ("mtp",), "gguf": ("gguf",), "evaluate": EVALUATION_FIELDS}
+_FIELDS: dict[str, tuple[str, ...]] = {"mtp": MTP_FIELDS, "gguf": ("gguf",), "evaluate": EVALUATION_FIELDS}
 
 
 def stages_of(plan: Plan) -> tuple[str, ...]:
@@ -49,7 +50,7 @@ def outputs_of(stage: str, run: RunDir, plan: Plan) -> list[Path]:
         "train": [run.weights if plan.mode == "full" else run.adapter, run.metrics],
         "merge": [run.merged],
         # a base without a head leaves no folder: then the stage's own word for it is what it made
-        "mtp": [folder if (folder := run.mtp(plan.mtp)).exists() else run.stage_events("mtp")],
+        "mtp": [run.served_mtp(plan.mtp) or run.stage_events("mtp")],
         "gguf": [run.gguf],
         "evaluate": [run.samples],
         "report": [run.report, run.summary],
@@ -86,7 +87,7 @@ def stage_input(stage: str, plan: Plan, before: Iterable[str]) -> str:
     """
     fields: tuple[str, ...] = _FIELDS.get(stage, ())
     if stage == "prepare":
-        fields = _DATA_FIELDS
+        fields = DATA_FIELDS
     elif stage == "train":
         fields = tuple(f for f in Plan.model_fields if f not in _NOT_MATHS)
     values = plan.model_dump(mode="json", include=set(fields))

@@ -180,8 +180,9 @@ ASK_EPOCHS = "How many passes over the data (epochs)?"
 ASK_EVAL = "Share of rows held out for evaluation (0 for none)?"
 ASK_MTP = "Which MTP head (for speculative decoding) should the result carry?"
 MTPS = {
-    "default": "the base model's own",
-    "skip": "none",
+    "trained": "y: trained on your data, one pass, and shipped if it drafts better than the base's own",
+    "default": "d: the base model's own",
+    "skip": "n: none",
 }
 ASK_GGUF = "Which GGUF files?"
 GGUFS = {"q8_0": "8 bits, next to no loss", "bf16": "16 bits, exact"}

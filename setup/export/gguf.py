@@ -68,9 +68,10 @@ def examples_of_model(model_dir: Path, plan: Plan | None = None, stage: Stage | 
 def _source_folder(stage: Stage) -> tuple[Path, str]:
     """Returns the folder that the result stands on, and why."""
     run = stage.run
-    for mode in ("trained", "default"):
-        if stage.plan.mtp == mode and run.mtp(mode).is_dir():
-            return run.mtp(mode), f"the merged model with its {mode} MTP head"
+    served = run.served_mtp(stage.plan.mtp)
+    if served is not None:
+        mode = "trained" if served == run.mtp("trained") else "default"
+        return served, f"the merged model with its {mode} MTP head"
     if run.merged.is_dir():
         return run.merged, "the merged model"
     raise PreflightError(f"{run.merged} should hold the merged model; there is none. Run the merge first.")

@@ -11,7 +11,7 @@ from sparktune.setup.plan.rundir import cache_dir
 from sparktune.setup.plan.schema import Plan
 
 __all__ = [
-    "BYTES_PER_WEIGHT", "CONVERTER_TYPES", "GGUF_TYPES", "check_exports", "check_gguf_types", "check_mtp_mode",
+    "BYTES_PER_WEIGHT", "CONVERTER_TYPES", "GGUF_TYPES", "check_exports", "check_gguf_types",
     "needs_quantiser", "written_types",
 ]
 
@@ -70,15 +70,6 @@ def _check_compiler(types: Sequence[str]) -> None:
         )
 
 
-def check_mtp_mode(mode: str) -> None:
-    """Raises UsageError for an MTP mode that this release cannot do."""
-    if mode == "trained":
-        raise UsageError(
-            "--mtp trained: training the MTP head on your data comes with a later release. Use --mtp default (the "
-            "base's own head) or --mtp skip."
-        )
-
-
 def check_exports(plan: Plan) -> None:
     """Refuses a plan that asks for what cannot be exported here.
 
@@ -87,6 +78,5 @@ def check_exports(plan: Plan) -> None:
         PreflightError: a type needs a compiler, and there is none. In a container the image brings the programs.
     """
     check_gguf_types(plan.gguf)
-    check_mtp_mode(plan.mtp)
     if plan.backend == "local":
         _check_compiler(plan.gguf)

@@ -50,6 +50,17 @@ def flag_of(name: str) -> str:
     return (extra.get("flags") or ["--" + name.replace("_", "-")])[0]
 
 
+class _Aliased:
+    """Turns a short answer into the value it stands for."""
+
+    def __init__(self, aliases: dict[str, str]) -> None:
+        self._aliases = aliases
+
+    def __call__(self, given: str) -> str:
+        """Returns the value; what is no alias stays as it is."""
+        return self._aliases.get(given, given)
+
+
 def _list_of_words(text: str) -> list[str]:
     return [] if text == "none" else [w for w in text.split(",") if w]
 
@@ -66,7 +77,8 @@ def add_plan_flags(parser: argparse.ArgumentParser, surface: Literal["run", "tra
         if kind is bool:
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         elif typing.get_origin(kind) is Literal:
-            parser.add_argument(*names, choices=typing.get_args(kind), **common)
+            aliases: dict[str, str] = typing.cast(dict[str, Any], field.json_schema_extra or {}).get("aliases", {})
+            parser.add_argument(*names, choices=typing.get_args(kind), type=_Aliased(aliases), **common)
         elif name == "validator":
             # split as a shell would, and never given to one
             parser.add_argument(*names, type=shlex.split, metavar="COMMAND", **common)

@@ -291,6 +291,6 @@ def _accumulation(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: M
 
 
 def _mtp(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
-    if spec.mtp_layers == 0 and plan.mtp != "skip":
+    if plan.mtp != "skip" and (spec.model_type != "qwen3_5_text" or (spec.mtp_layers == 0 and not plan.mtp_head)):
         return [("mtp", "skip", f"{flag_of('model')} {plan.model} declares no MTP head to carry over", _HOUSE)]
     return []

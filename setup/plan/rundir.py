@@ -129,6 +129,19 @@ class RunDir:
         """`output/RUN-mtp` for mode trained, `output/RUN-mtp-default` for mode default."""
         return self.output_root / (self.name + ("-mtp" if mode == "trained" else "-mtp-default"))
 
+    def served_mtp(self, mode: str) -> Path | None:
+        """The folder with the head that the result carries: the trained one if it was the better one, or the default.
+
+        None for mode skip, and where the base has no head.
+        """
+        wanted = {"trained": ("trained", "default"), "default": ("default",)}.get(mode, ())
+        return next((self.mtp(m) for m in wanted if self.mtp(m).is_dir()), None)
+
+    @property
+    def mtp_work(self) -> Path:
+        """`results/RUN/mtp`: the trained head, its checkpoints, and what was measured of both heads."""
+        return self.root / "mtp"
+
     @property
     def gguf(self) -> Path:
         """`output/RUN-gguf`."""

@@ -32,6 +32,10 @@ Mode = Literal["auto", "lora", "qlora", "full"]
 Recompute = Literal["auto", "none", "norms", "layer", "all"]
 
 
+MTP_ANSWERS: dict[str, Any] = {"y": "trained", "d": "default", "n": "skip"}
+"""The published wizard's answers."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -175,8 +179,16 @@ class Plan(_Strict):
     """A checkpoint folder to go on from; the run continues in the folder that holds it."""
 
     # -- after training
-    mtp: Literal["trained", "default", "skip"] = Field("default", json_schema_extra=flags("--mtp", surface="run"))
-    """MTP head of the result: trained on the data, the base's own, or none."""
+    mtp: Literal["trained", "default", "skip"] = Field(
+        "default", json_schema_extra=flags("--mtp", surface="run") | {"aliases": MTP_ANSWERS}
+    )
+    """MTP head of the result: trained on the data, the base's own, or none (y, d, n for short)."""
+    mtp_head: str | None = Field(None, json_schema_extra=flags("--mtp-head", surface="run"))
+    """Where the MTP head comes from when the base has none: a hub id, a model folder or a safetensors file."""
+    mtp_epochs: float = Field(1.0, gt=0, json_schema_extra=flags("--mtp-epochs", surface="run"))
+    """Passes over the data when the MTP head is trained."""
+    mtp_learning_rate: float = Field(5e-5, gt=0, json_schema_extra=flags("--mtp-learning-rate", surface="run"))
+    """Peak learning rate of the MTP head."""
     gguf: list[str] = Field(default_factory=lambda: ["q8_0"], json_schema_extra=flags("--gguf", surface="run"))
     """GGUF types to write, or none."""
     trial: bool = Field(False, json_schema_extra=flags("--trial", surface="run"))
