@@ -2,7 +2,7 @@
 
 Unsloth supplies the model, its patched forward, its loss and its gradient checkpointing; accumulation, clipping, AdamW,
 the schedule, data and checkpoints are ours. One document a row: packed rows leak across documents in hybrid models, and
-Unsloth itself leaves packing off for them.
+Unsloth itself leaves packing off for models with a vision tower, which Qwen3.5's checkpoints have.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sparktune.setup.plan.basestorage import base_storage
 from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.models import is_adapter_folder
 from sparktune.setup.plan.outfolder import build_folder
@@ -76,12 +77,16 @@ class UnslothEngine:
         spec: the base's.
         model_dir: the base's folder, for the names of trained weights.
         switch: Unsloth's FastModel, whose for_inference and for_training surround generation; None without.
+
+    Attributes:
+        checkpointing: what Unsloth computes again in the backward pass: "unsloth" (whole layers) or False (nothing).
     """
 
     def __init__(self, model: nn.Module, plan: Plan, spec: ModelSpec, model_dir: Path, switch: Any = None) -> None:
         self.model, self.plan, self.spec, self._model_dir, self._switch = model, plan, spec, model_dir, switch
         learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.device = learning[0][1].device
+        self.checkpointing = _checkpointing(plan)
         self._optimiser = MasterAdamW(
             learning, betas=(plan.adam_beta1, plan.adam_beta2), eps=plan.adam_eps, weight_decay=plan.weight_decay,
             max_grad_norm=plan.max_grad_norm, optimizer=plan.optimizer,
@@ -114,10 +119,11 @@ class UnslothEngine:
                 f"--engine unsloth starts new adapters; it cannot go on with {plan.model}. Use --engine native."
             )
         fast = load_unsloth().FastModel
-        full = plan.mode == "full"
+        full, storage = plan.mode == "full", base_storage(plan)
         model, _ = fast.from_pretrained(
-            str(model_dir), max_seq_length=plan.max_seq_length, dtype=torch.bfloat16,
-            load_in_4bit=plan.mode == "qlora", full_finetuning=full,
+            str(model_dir), max_seq_length=plan.max_seq_length, dtype=torch.bfloat16, load_in_4bit=storage == "nf4",
+            load_in_8bit=storage == "int8", full_finetuning=full, use_gradient_checkpointing=_checkpointing(plan),
+            random_state=plan.seed,
         )
         if full:
             for name, parameter in model.named_parameters():
@@ -128,7 +134,7 @@ class UnslothEngine:
                 model, r=plan.lora_r, lora_alpha=plan.lora_alpha if plan.lora_alpha is not None else plan.lora_r,
                 lora_dropout=plan.lora_dropout, bias="none", use_rslora=plan.use_rslora,
                 target_modules=plan.target_modules or list(default_targets(spec)), random_state=plan.seed,
-                use_gradient_checkpointing=False if plan.recompute in ("none", "norms") else "unsloth",
+                use_gradient_checkpointing=_checkpointing(plan),
             )
         return cls(model, plan, spec, model_dir, fast)
 
@@ -141,8 +147,9 @@ class UnslothEngine:
         """Returns what learns, in words."""
         learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return (
-            f"Unsloth engine: {learning:,} parameters learn; one document a row, because rows of several documents "
-            "leak across them in hybrid models"
+            f"Unsloth engine: {learning:,} parameters learn; packing is off{' (--pack has no effect)' * self.plan.pack}"
+            ": one document a row, because rows of several documents leak across them in hybrid models; checkpointing "
+            f"{'as Unsloth does it' if self.checkpointing else 'off'}"
         )
 
     def _computing(self) -> contextlib.AbstractContextManager[Any]:
@@ -202,7 +209,8 @@ class UnslothEngine:
                 )
         finally:
             if self._switch is not None:
-                self._switch.for_training(self.model)
+                # Left out, it would turn checkpointing on in every module, whatever the plan says.
+                self._switch.for_training(self.model, use_gradient_checkpointing=self.checkpointing)
             self.model.train()
         return made[0, ids.shape[1] :].tolist()
 
@@ -261,6 +269,10 @@ class UnslothEngine:
             replace=lambda _: True,
         ) as partial:
             save_file(tensors, partial / "trained-00001.safetensors", metadata={"format": "pt"})
+
+
+def _checkpointing(plan: Plan) -> str | bool:
+    return False if plan.recompute in ("none", "norms") else "unsloth"
 
 
 def _version(package: str) -> str:

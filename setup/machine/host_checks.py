@@ -204,8 +204,8 @@ def check_specs(plan: Plan) -> Check:
     if (Path.cwd() / "specs").exists():
         return Check(
             name="specs", status="warning", seen=f"{Path.cwd()} holds `specs`",
-            fix="Runs are safe (stages work in the run folder); `python train.py` from here is not: gcc reads `specs` "
-            "while Triton compiles. Start it from another folder.",
+            fix="Runs and `python train.py` are safe: they compile in a folder of their own. Others that compile here "
+            "may fail, for gcc reads `specs` where LIBRARY_PATH has an empty entry.",
         )
     return Check(name="specs", status="ok", seen="no `specs` in the working directory")
 

@@ -202,6 +202,55 @@ def test_the_adapter_is_pefts_and_loads_with_b_not_zero(engines: SimpleNamespace
     assert 1 <= len(answer) <= 4
 
 
+def test_generation_leaves_checkpointing_as_the_plan_has_it(engines: SimpleNamespace) -> None:
+    seen: list[object] = []
+    switch = SimpleNamespace(
+        for_inference=lambda model: seen.append("inference"),
+        for_training=lambda model, use_gradient_checkpointing=True: seen.append(use_gradient_checkpointing),
+    )
+    for recompute, wanted in (("none", False), ("layer", "unsloth")):
+        plan = engines.plan.model_copy(update={"recompute": recompute})
+        engine = UnslothEngine(engines.peft, plan, engines.other.spec, Path(plan.model), switch)
+        engine.generate([5, 6], 2, [1])
+        assert seen[-2:] == ["inference", wanted]
+        assert "packing is off (--pack has no effect)" in engine.describe()
+
+
+@pytest.mark.parametrize(("storage", "four", "eight"), [("nf4", True, False), ("int8", False, True)])
+def test_what_unsloth_is_asked_for(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, storage: str, four: bool, eight: bool
+) -> None:
+    asked: dict[str, dict[str, object]] = {}
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+    class FastModel:
+        # the parameters of unsloth 2026.5.2 that are given by name; an unknown one would vanish in its **kwargs
+        @staticmethod
+        def from_pretrained(
+            model_name: str, *, max_seq_length: int, dtype: torch.dtype, load_in_4bit: bool, load_in_8bit: bool,
+            full_finetuning: bool, use_gradient_checkpointing: object, random_state: int,
+        ) -> tuple[object, None]:
+            asked["load"] = {"four": load_in_4bit, "eight": load_in_8bit, "full": full_finetuning}
+            return model, None
+
+        @staticmethod
+        def get_peft_model(
+            model: object, *, r: int, target_modules: list[str], lora_alpha: float, lora_dropout: float, bias: str,
+            use_gradient_checkpointing: object, random_state: int, use_rslora: bool,
+        ) -> object:
+            asked["peft"] = {"r": r, "targets": target_modules, "checkpointing": use_gradient_checkpointing}
+            return get_peft_model(model, LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules))
+
+    monkeypatch.setattr(unsloth_engine, "load_unsloth", lambda: SimpleNamespace(FastModel=FastModel))
+    monkeypatch.setattr(unsloth_engine.torch.cuda, "is_bf16_supported", lambda: True)
+    plan = Plan(model=str(tiny_model), mode="qlora", quantise_base=storage, engine="unsloth", lora_r=4,
+                target_modules=["q_proj"], recompute="norms")
+    built = UnslothEngine.build(plan, probe(str(tiny_model)), tiny_model, torch.device("cuda"))
+    assert asked["load"] == {"four": four, "eight": eight, "full": False}
+    assert asked["peft"] == {"r": 4, "targets": ["q_proj"], "checkpointing": False}
+    assert built.device.type == "cpu"
+
+
 def test_versions_are_named(engines: SimpleNamespace) -> None:
     assert "transformers" in engines.other.reasons["model"]
     assert "one document a row" in engines.other.describe()
