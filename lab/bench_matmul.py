@@ -22,11 +22,12 @@ import triton
 
 from sparktune.kernels.sm121a_matmul import SHARED_LIMIT, TILES, Tile, choose_tile, sm121a_matmul
 from sparktune.lab.kernels.fused_lora import LoraTile, choose, fused_lora
+from sparktune.lab.kernels.fused_swiglu_mm import fused_swiglu_mm
 from sparktune.lab.shapes import SIZES
 from sparktune.lab.sm121a import Launch, compile_for_gb10, recorded_launches
 from sparktune.lab.table import append_rows
 
-__all__ = ["CANDIDATES", "lora_launch", "main", "matmul_launch", "projections"]
+__all__ = ["CANDIDATES", "lora_launch", "main", "matmul_launch", "projections", "swiglu_launch"]
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "results" / "gb10_tiles.csv"
 CANDIDATES = tuple(
@@ -65,6 +66,14 @@ def lora_launch(tile: LoraTile, rank: int, m: int = 5376, n: int = 12_288, k: in
                        for shape in ((m, k), (n, k), (rank, k), (n, rank)))
     with recorded_launches(f"r {rank}") as launches:
         fused_lora(x, weight, a, b, 1.0, tile)
+    return launches[0]
+
+
+def swiglu_launch(m: int = 5376, f: int = 6144, k: int = 2048) -> Launch:
+    """Returns the launch of both products of a SwiGLU."""
+    x, gate, up = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((m, k), (f, k), (f, k)))
+    with recorded_launches() as launches:
+        fused_swiglu_mm(x, gate, up)
     return launches[0]
 
 
@@ -147,6 +156,23 @@ def time_row(name: str, n: int, k: int, tokens: int, rank: int) -> dict[str, obj
     }
 
 
+def swiglu_row(size: str, tokens: int) -> dict[str, object]:
+    """Times SwiGLU's forward pass in one launch beside the grouped product and the elementwise launch."""
+    from sparktune.kernels.silu_mul.triton import silu_mul_fwd
+    from sparktune.lab.measure import device_ms
+
+    f, k = SIZES[size].ffn, SIZES[size].hidden
+    x, weight = torch.randn(tokens, k, device="cuda").bfloat16(), torch.randn(2 * f, k, device="cuda").bfloat16()
+
+    def two() -> torch.Tensor:
+        product = x @ weight.t()
+        return silu_mul_fwd(product[:, :f], product[:, f:])
+
+    one_ms, two_ms = device_ms(lambda: fused_swiglu_mm(x, weight[:f], weight[f:])), device_ms(two)
+    return {"projection": "swiglu forward", "m": tokens, "n": 2 * f, "k": k, "swiglu_one_launch_ms": round(one_ms, 4),
+            "swiglu_two_launches_ms": round(two_ms, 4), "swiglu_one_over_two": round(one_ms / two_ms, 3)}
+
+
 def main() -> int:
     """Writes the tile table, or checks and times; 1 on red, 3 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,7 +192,9 @@ def main() -> int:
         return 1
     from sparktune.lab.measure import machine_row
 
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, object]] = [swiglu_row(options.size, options.tokens)]
+    print(" ".join(f"{key}={value}" for key, value in rows[0].items()), flush=True)
+    rows = [{**machine_row(), "size": options.size, **rows[0]}]
     for name, (n, k) in projections(options.size).items():
         row = time_row(name, n, k, options.tokens, options.rank)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)

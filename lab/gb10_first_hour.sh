@@ -73,19 +73,25 @@ claim kernels-compile 'every own kernel compiles for sm_121a within 101,376 byte
 claim kernels-right 'every fused op is right on the chip, then its time and bytes a second' 900 \
   "$python" -m lab.gpu_check --seeds 3 --out "$out/kernels.csv"
 claim mixers-right 'attention and delta rule are right on the chip, then their times' 600 \
-  "$python" -m lab.gpu_check_mixers --out "$out/mixers.csv"
+  "$python" -m lab.gpu_check_mixers --seeds 3 --out "$out/mixers.csv"
+claim matmul 'our product and the single-launch LoRA product beside cuBLAS, shape by shape' 600 \
+  "$python" -m lab.bench_matmul --csv "$out/matmul.csv"
 claim memory 'predicted against measured peak within +7 % and -3 %' 600 \
   "$python" -m lab.memory_sweep --small --csv "$out/memory_sweep.csv"
 claim lossless 'ours is no further from float32 than plain bf16 is' 600 \
   "$python" -m lab.lossless --size 0.8B --steps 10 --csv "$out/lossless.csv"
 claim native 'tokens a second of the native engine, 2B, rank 128, 5376 tokens' 600 \
   "$python" -m lab.side_by_side native --recompute norms --csv "$out/side_by_side.csv"
+claim native-packed 'the same on long-tailed documents packed without leaks, per real token' 600 \
+  "$python" -m lab.side_by_side native --recompute norms --long-tailed 24 --csv "$out/side_by_side.csv"
 claim unsloth 'the same of Unsloth with its checkpointing' 900 \
   "$python" -m lab.side_by_side unsloth --csv "$out/side_by_side.csv"
-claim unsloth-nogc 'the same of Unsloth without checkpointing' 900 \
-  "$python" -m lab.side_by_side unsloth_nogc --csv "$out/side_by_side.csv"
+claim unsloth-nogc 'Unsloth without checkpointing, and on the long-tailed documents, one by one and leaking' 1800 \
+  "$python" -m lab.side_by_side unsloth_nogc+unsloth_nogc_leaky --lengths 5376 --long-tailed 24 --csv "$out/side_by_side.csv"
 claim profile 'GPU-busy time, launches and bytes a token of the native engine' 600 \
   "$python" -m lab.profile native --recompute norms --csv "$out/profile.csv"
+claim dram 'the same bytes from the DRAM counters, where ncu may read them' 900 \
+  "$python" -m lab.dram native --accum 1 --recompute norms --csv "$out/profile.csv"
 claim bench-lora 'the verification bench, LoRA' 900 \
   "$python" -m lab.training_loop.qwen_minimal_bench --mode lora --steps 3 --csv "$out/qwen_minimal_bench.csv"
 claim bench-full 'the verification bench, full fine-tuning' 900 \

@@ -1,17 +1,20 @@
 """ESTIMATE of a training step on GB10 from its arithmetic and its bytes, set against what an H200 measured.
 
 usage: python -m lab.roofline [--size 2B] [--tokens 5376] [--rank 128] [--supervised 0.35] [--busy-ms MS] [--csv FILE]
+       python -m lab.roofline --measured docs/results/side_by_side.csv [--size 2B] [--csv FILE]
 
 Every launch of the native engine's LoRA step (one micro-batch, nothing recomputed) is listed with its FLOP and the
 bytes of the tensors that it reads and writes once. A chip needs at least max(FLOP / its products, bytes / its memory)
 for each; their sum is the floor. `--busy-ms`, the GPU-busy time of that micro-batch measured on an H200
-(lab/profile.py), gives the share of the floor that our kernels reach there; the estimate for GB10 assumes the same
-share. Nothing of it is measured on a GB10: the first hour on one (lab/gb10_first_hour.sh) replaces it.
+(lab/profile.py; `--measured` takes the last native row of this size from a CSV of it or of lab/side_by_side.py), gives
+the share of the floor that our kernels reach there; the estimate for GB10 assumes the same share. Nothing of it is
+measured on a GB10: the first hour on one (lab/gb10_first_hour.sh) replaces it.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +178,21 @@ def projection(launches: list[Launch], tokens: int, busy_ms: float | None) -> li
     return rows
 
 
+def measured_row(path: Path, size: str) -> dict[str, str]:
+    """Returns the last row of the native engine's LoRA step on plain rows of this size, nothing recomputed, on an H200.
+
+    Raises:
+        SystemExit: the file has none.
+    """
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file)
+                if (row["variant"], row["size"], row["recompute"]) == ("native", size, "none")
+                and row["lengths"].isdigit() and row["gpu_busy_ms"] and "H200" in row["gpu"]]
+    if not rows:
+        raise SystemExit(f"{path} has no row of the native engine at {size}, plain rows, recompute none, on an H200.")
+    return rows[-1]
+
+
 def main() -> int:
     """Prints the projection and the launches that cost most on GB10; appends the rows to a CSV if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,7 +203,14 @@ def main() -> int:
     parser.add_argument("--supervised", type=float, default=0.35)
     parser.add_argument("--busy-ms", type=float, help="GPU-busy time of one micro-batch measured on an H200")
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--measured", type=Path, help="CSV of lab.side_by_side or lab.profile to take --busy-ms from")
     options = parser.parse_args()
+    where: dict[str, object] = {}
+    if options.measured:
+        row = measured_row(options.measured, options.size)
+        options.tokens, options.rank = int(row["lengths"]), int(row["rank"])
+        options.supervised, options.busy_ms = float(row["supervised"]), float(row["gpu_busy_ms"]) / int(row["accum"])
+        where = {"measured_at": row["date"], "measured_commit": row["commit"], "sitting": row["sitting"]}
     name = next(n for n in CATALOGUE if n.endswith("-" + options.size))
     lengths = options.lengths or [options.tokens]
     if sum(lengths) != options.tokens:
@@ -204,7 +229,7 @@ def main() -> int:
         bound = "memory" if launch.ms(gb10) > launch.count * launch.flop / gb10.tflop_per_s / 1e9 else "products"
         print(f"  {launch.name:32s} x{launch.count:3d} {launch.ms(gb10):8.2f} ms on GB10, bound by {bound}")
     if options.csv:
-        where = {"size": options.size, "tokens": options.tokens, "documents": len(lengths), "rank": options.rank,
+        where |= {"size": options.size, "tokens": options.tokens, "documents": len(lengths), "rank": options.rank,
                  "supervised": options.supervised}
         append_rows(options.csv, [{**where, **row} for row in rows])
     return 0

@@ -154,7 +154,8 @@ def measure(options: argparse.Namespace, variant: str, run: Any, documents: Docu
     if times.gpu_busy_ms is not None:
         row["busy_us_per_token"] = round(times.gpu_busy_ms * 1e3 / documents.real_tokens, 4)
     row["computed_tok_per_s"] = round(times.tok_per_s * int(str(settings["padded_tokens"])) / documents.real_tokens, 1)
-    if options.csv:  # before the bytes are counted: a count that fails loses no timing
+    profile = options.csv.with_name("profile.csv") if options.csv else None
+    if options.csv and options.csv != profile:  # before the bytes are counted: a count that fails loses no timing
         append_rows(options.csv, [row])
     if options.bytes:
         from sparktune.lab.profile import count_step
@@ -164,8 +165,8 @@ def measure(options: argparse.Namespace, variant: str, run: Any, documents: Docu
         row |= count_step(step, documents.real_tokens, times)
         if isinstance(run, NativeRun):
             run.without_graphs(graphs)
-        if options.csv:
-            append_rows(options.csv.with_name("profile.csv"), [row])
+        if profile:
+            append_rows(profile, [row])
     print(json.dumps(row), flush=True)
 
 

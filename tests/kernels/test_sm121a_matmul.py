@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from sparktune.kernels.sm121a_matmul import SHARED_LIMIT, TILES, Tile
-from sparktune.lab.bench_matmul import CANDIDATES, LORA_CANDIDATES, TABLE, lora_launch, matmul_launch
+from sparktune.lab.bench_matmul import CANDIDATES, LORA_CANDIDATES, TABLE, lora_launch, matmul_launch, swiglu_launch
 from sparktune.lab.kernels.fused_lora import LoraTile
 from sparktune.lab.sm121a import compile_for_gb10
 
@@ -23,6 +23,13 @@ def test_a_listed_tile_holds(tile):
 def test_lora_in_one_launch_holds(rank):
     built = compile_for_gb10(lora_launch(LoraTile(), rank))
     assert built.shared_bytes <= LoraTile().shared_bytes(rank) <= SHARED_LIMIT
+    assert built.spill_bytes == 0
+    assert built.mma
+
+
+def test_swiglu_with_its_products_holds():
+    built = compile_for_gb10(swiglu_launch())
+    assert built.shared_bytes <= SHARED_LIMIT
     assert built.spill_bytes == 0
     assert built.mma
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,21 @@ def test_an_out_argument_is_written_once_and_compiled_code_stays_compiled() -> N
     assert len(runs) == 1
     assert sum(size for size, _ in counted(lambda: fast(a)).values()) == 2 * 128 * 4
     assert len(runs) == 2, "the counting mode made dynamo run the frame as it is written"
+
+
+def test_the_estimate_takes_its_time_from_a_measured_row(tmp_path: Path) -> None:
+    table = tmp_path / "side.csv"
+    columns = "gpu,variant,size,recompute,lengths,gpu_busy_ms,accum,rank,supervised,date,commit,sitting"
+    table.write_text(f"{columns}\nNVIDIA H200,native,2B,none,5376,200,2,64,0.35,today,abc,B\n"
+                     "NVIDIA H200,native,2B,layer,5376,300,2,64,0.35,today,abc,B\n")
+    out = tmp_path / "estimate.csv"
+    done = subprocess.run([sys.executable, "-m", "lab.roofline", "--measured", str(table), "--csv", str(out)],
+                          capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    with out.open(newline="") as file:
+        rows = {row["chip"]: row for row in csv.DictReader(file)}
+    assert (rows["H200"]["busy_ms"], rows["H200"]["rank"], rows["H200"]["measured_commit"]) == ("100.0", "64", "abc")
+    refused = subprocess.run([sys.executable, "-m", "lab.roofline", "--measured", str(table), "--size", "9B"],
+                             capture_output=True, text=True, cwd=ROOT, check=False)
+    assert refused.returncode == 1
+    assert "no row" in refused.stderr

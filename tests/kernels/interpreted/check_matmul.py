@@ -5,6 +5,7 @@ import torch
 
 from sparktune.kernels.sm121a_matmul import SHARED_LIMIT, TILES, Tile, choose_tile, sm121a_matmul
 from sparktune.lab.kernels.fused_lora import LoraTile, choose, fused_lora, hybrid_lora
+from sparktune.lab.kernels.fused_swiglu_mm import SwigluTile, fused_swiglu_mm
 
 SMALL = Tile(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2)
 
@@ -81,3 +82,12 @@ def test_the_dispatcher_weighs_repeats_against_memory():
     assert not choose(5376, 12_288, 2048, 128, tflop_per_s=790, tb_per_s=4.25).fused
     assert choose(5376, 128, 2048, 128, tflop_per_s=790, tb_per_s=4.25).fused
     assert choose(5376, 12_288, 2048, 16, tflop_per_s=112, tb_per_s=0.273).saved_ms > 0
+
+
+def test_swiglu_with_its_products():
+    x, gate, up = bf16(33, 40), bf16(21, 40, seed=1, scale=0.2), bf16(21, 40, seed=2, scale=0.2)
+    truth = torch.nn.functional.silu(x.double() @ gate.double().t()) * (x.double() @ up.double().t())
+    tile = SwigluTile(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2)
+    no_worse(fused_swiglu_mm(x, gate, up, tile), truth, torch.nn.functional.silu(x @ gate.t()) * (x @ up.t()))
+    with pytest.raises(ValueError, match="shared memory"):
+        fused_swiglu_mm(x, gate, up, SwigluTile(block_k=128))
