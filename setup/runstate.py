@@ -67,7 +67,9 @@ def fingerprint(paths: Iterable[Path]) -> str | None:
     for path in paths:
         if not path.exists():
             return None
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        # a card is written anew when more has been measured; the model beside it is the same
+        files = [path] if path.is_file() else sorted(
+            p for p in path.rglob("*") if p.is_file() and p.name != "README.md")
         for file in files:
             stat = file.stat()
             name = file.name if path.is_file() else str(file.relative_to(path))
