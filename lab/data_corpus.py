@@ -129,7 +129,7 @@ def write_corpus(
                 writer.write(corpus.row())
                 if number < faults:
                     writer.write(pool[faults + number], "eval_leak")
-                    writer.write(corpus.nearly(pool[number]), "near_eval_leak")
+                    writer.write(corpus.nearly(pool[faults + number]), "near_eval_leak")
     return planted
 
 

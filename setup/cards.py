@@ -16,11 +16,12 @@ from rich.text import Text
 
 from sparktune.setup import strings
 from sparktune.setup.export.handover import result_lines
+from sparktune.setup.histogram import Histogram
 from sparktune.setup.machine.check import Check
 from sparktune.setup.machine.diagnose import Finding
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.rundir import RunDir
-from sparktune.setup.plan.schema import DatasetReport, Plan, Recommendation
+from sparktune.setup.plan.schema import Cleaned, DatasetReport, Plan, Recommendation
 
 if TYPE_CHECKING:
     from sparktune.setup.outlook import Outlook  # stands on the pipeline, which shows these cards
@@ -76,16 +77,39 @@ def report_tables(report: DatasetReport) -> RenderableType:
                    f"99 % up to {lengths.p99}, longest {lengths.max}"),
         ("kinds", f"{report.multi_turn:,} multi-turn, {report.with_system:,} with a system prompt, "
                   f"{report.with_thinking:,} with thinking"),
-        ("repeats", f"{report.duplicates:,} exact duplicates, {report.eval_leaks:,} held-out rows also in training"),
+        ("repeats", f"{report.duplicates:,} exact duplicates, {report.near_duplicates:,} near ones; of the held-out "
+                    f"rows {report.eval_leaks:,} are also in training, {report.near_leaks:,} nearly"),
+        ("personal data", _personal(report)),
         ("packing", fills or strings.NOTHING),
     ]
     for name, text in rows:
         facts.add_row(name, escape(text))
-    parts: list[RenderableType] = [facts]
+    for cleaned in (report.cleaned, report.eval_cleaned):
+        if cleaned is not None:
+            facts.add_row("cleaned", escape(_cleaned(cleaned)))
+    bars = Histogram(lengths.histogram_edges, lengths.histogram_counts, "tokens")
+    parts: list[RenderableType] = [facts, Text("Lengths of training examples", "dim"), bars]
     for problem in report.problems:
         parts.append(Text(f"line {problem.line}: {problem.code}: {problem.text}", "yellow"))
     parts += [Text(text, "yellow") for text in report.warnings]
     return Group(*parts)
+
+
+def _personal(report: DatasetReport) -> str:
+    """Returns how many rows hold personal data, by kind."""
+    rows: dict[str, int] = {}
+    for code, found in (*report.findings.items(), *report.eval_findings.items()):
+        if code.startswith("pii_"):
+            kind = code.removeprefix("pii_")
+            rows[kind] = rows.get(kind, 0) + found.rows
+    return ", ".join(f"{kind} in {count:,} rows" for kind, count in rows.items()) or strings.NOTHING
+
+
+def _cleaned(cleaned: Cleaned) -> str:
+    """Returns what was done to a file, and where the copy is."""
+    removed = ", ".join(f"{found.rows:,} {code}" for code, found in cleaned.removed.items()) or strings.NOTHING
+    places = ", ".join(f"{found.count:,} {kind}" for kind, found in cleaned.redacted.items()) or strings.NOTHING
+    return f"{cleaned.path}; left out: {removed}; replaced: {places}. {cleaned.original} is as it was."
 
 
 def show_value(value: Any) -> str:

@@ -155,7 +155,24 @@ example.</p>{% endif %}
 <tr><td>With a system prompt</td><td class="num">{{ facts.data.with_system | count }}</td></tr>
 <tr><td>With thinking</td><td class="num">{{ facts.data.with_thinking | count }}</td></tr>
 <tr><td>Exact repeats</td><td class="num">{{ facts.data.duplicates | count }}</td></tr>
+<tr><td>Near repeats</td><td class="num">{{ facts.data.near_duplicates | count }}</td></tr>
 <tr><td>Held-out rows also in training</td><td class="num">{{ facts.data.eval_leaks | count }}</td></tr>
+<tr><td>Held-out rows nearly in training</td><td class="num">{{ facts.data.near_leaks | count }}</td></tr>
+{% for code, found in facts.data.findings.items() if code.startswith("pii_") or code in ("markup", "left_out") %}
+<tr><td>Rows with {{ code | replace("pii_", "personal data: ") | replace("_", " ") }}</td>
+<td class="num">{{ found.rows | count }}</td></tr>
+{% endfor %}
+{% if facts.data.split %}<tr><td>Version of the split</td><td class="hash">{{ facts.data.split }}</td></tr>{% endif %}
+{% if facts.data.cleaned %}
+<tr><td>Cleaned copy that was trained on</td><td class="hash">{{ facts.data.cleaned.path }}<br>
+{{ facts.data.cleaned.sha256 }}</td></tr>
+{% for code, found in facts.data.cleaned.removed.items() %}
+<tr><td>Rows left out: {{ code | replace("_", " ") }}</td><td class="num">{{ found.rows | count }}</td></tr>
+{% endfor %}
+{% for code, found in facts.data.cleaned.redacted.items() %}
+<tr><td>Places replaced: {{ code }}</td><td class="num">{{ found.count | count }}</td></tr>
+{% endfor %}
+{% endif %}
 </table>
 </div>
 {% if packing %}

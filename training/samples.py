@@ -45,7 +45,7 @@ def sample_prompts(plan: Plan, tokenizer: ChatTokenizer, held_out: TokenDataset 
             prompts[int(held_out.lines[index])] = prompt
         if len(prompts) == _HELD_OUT_PROMPTS:
             break
-    path = plan.eval_data or plan.data
+    path = (held_out.file if held_out is not None else None) or plan.eval_data or plan.data
     asked = first_questions(path, set(prompts), plan.text_field) if path else {}
     return [
         SamplePrompt(text=asked.get(line) or tokenizer.decode(ids, skip_special_tokens=True).strip(), ids=ids)

@@ -62,6 +62,8 @@ class TokenDataset:
         self.offsets = offsets
         self.lines = lines
         self.key = key
+        self.file: Path | None = None
+        """The file that `lines` refers to, where it is known: the data itself or its cleaned copy."""
 
     def __len__(self) -> int:
         """Number of examples."""

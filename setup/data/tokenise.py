@@ -56,15 +56,6 @@ class PreparedData:
     """None where nothing is held out."""
     report: DatasetReport
 
-    @property
-    def files(self) -> tuple[Path, Path | None]:
-        """The files that the examples' line numbers refer to: training data, evaluation data of its own."""
-        cleaned = self.report.eval_cleaned
-        return Path(self.report.path), Path(cleaned.path) if cleaned else self.eval_data
-
-    eval_data: Path | None = None
-    """Evaluation data of its own, as the plan names it."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
@@ -119,11 +110,10 @@ def prepare(
     report = report.model_copy(update={
         "cleaned": sources[0].cleaned, "eval_cleaned": sources[1].cleaned if len(sources) > 1 else None,
     })
+    train.file, evaluation.file = paths[0], paths[-1]
     for warning in report.warnings:
         events.message(warning, "warning")
-    return PreparedData(
-        train=train, evaluation=evaluation if len(evaluation) else None, report=report, eval_data=plan.eval_data
-    )
+    return PreparedData(train=train, evaluation=evaluation if len(evaluation) else None, report=report)
 
 
 def _source(path: Path, plan: Plan, events: EventWriter, workers: int | None) -> _Source:

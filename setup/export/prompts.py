@@ -59,7 +59,7 @@ def held_out_prompts(plan: Plan, dataset: TokenDataset | None, tokenizer: ChatTo
         end = int(learned[0]) + (int(gap[0]) if len(gap) else len(ids) - int(learned[0]))
         prompt = tuple(int(i) for i in ids[: learned[0]])
         found.setdefault(prompt, (int(dataset.lines[index]), tuple(int(i) for i in ids[learned[0]:end])))
-    path = plan.eval_data or plan.data
+    path = (dataset.file if dataset is not None else None) or plan.eval_data or plan.data
     asked = first_questions(path, {line for line, _ in found.values()}, plan.text_field) if path else {}
     return [
         Prompt(text=asked.get(line) or tokenizer.decode(ids, skip_special_tokens=True).strip(), ids=ids, line=line,

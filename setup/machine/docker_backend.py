@@ -111,7 +111,7 @@ def needs_network(stage: str, plan: Plan) -> bool:
 def mounts_of(run: RunDir, plan: Plan) -> dict[str, str]:
     """Returns host folder -> mode ("rw" or "ro"); each is mounted where it is, so that a plan's paths stay valid."""
     written = (run.root, Path(plan.output).absolute(), _hub_cache(), _state_folder(), cache_dir("tokens"),
-               cache_dir("llama.cpp"))
+               cache_dir("cleaned"), cache_dir("llama.cpp"))
     found = {str(path): "rw" for path in written}
     for path in (plan.data, plan.eval_data, Path(plan.model).expanduser(), Path(_source_of(plan))):
         if path is not None and path.exists():
