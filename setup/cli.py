@@ -79,8 +79,10 @@ def _why_not_ask(arguments: Arguments) -> str | None:
     """Returns why nothing can be asked, or None."""
     if arguments.non_interactive:
         return strings.WHY_FLAG
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         return strings.WHY_STDIN
+    if not sys.stderr.isatty():
+        return strings.WHY_STDERR
     return strings.WHY_CI if os.environ.get("CI") else None
 
 
@@ -283,7 +285,7 @@ def _wizard(session: _Session) -> tuple[Plan, Analysis] | None:
         outlook=outlook,
     )
     try:
-        plan = wizard.run()
+        wizard.run()
     except (KeyboardInterrupt, LeftWizard, StageFailed) as left:
         _save_answers({**wizard.saved, **wizard.answers})
         session.messages.print(strings.ANSWERS_SAVED, highlight=False)
@@ -292,7 +294,7 @@ def _wizard(session: _Session) -> tuple[Plan, Analysis] | None:
         return None
     _answers_file().unlink(missing_ok=True)
     assert wizard.analysis is not None
-    return plan, wizard.analysis
+    return wizard.asked(), wizard.analysis
 
 
 def _run(session: _Session) -> int:

@@ -85,6 +85,7 @@ HELP_DEV_MOUNT = "mount this checkout's package, read-only, over the one in the 
 NO_TERMINAL = "Nothing can be asked here ({why}), and these are missing: {missing}."
 WHY_FLAG = "--non-interactive"
 WHY_STDIN = "standard input is not a terminal"
+WHY_STDERR = "standard error, where questions appear, is not a terminal"
 WHY_CI = "CI is set"
 RUN_NEEDED = "`{command}` needs the name of a run: ./run.sh {command} RUN. The runs here: {runs}."
 RUN_UNEXPECTED = "`{command}` takes no name (or none more), got {run!r}."

@@ -1,8 +1,8 @@
 """Experiment trackers: what a training reports also goes to W&B, MLflow or Trackio, by their own libraries.
 
 They run in the parent, not in the training process: a stage in a container has no network, and a tracker that fails
-must never end a training. Where their data goes is each library's own business (WANDB_MODE=offline, MLFLOW_TRACKING_URI,
-TRACKIO_DIR ...); no token passes through here.
+must never end a training. Where their data goes is each library's own business (WANDB_MODE=offline,
+MLFLOW_TRACKING_URI, TRACKIO_DIR ...); no token passes through here.
 """
 
 from __future__ import annotations

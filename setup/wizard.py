@@ -31,6 +31,7 @@ from sparktune.setup.plan.models import CATALOGUE, probe
 from sparktune.setup.plan.schema import Machine, ModelSpec, Plan, Recommendation
 from sparktune.setup.preview import Preview
 from sparktune.setup.replay import replay_command
+from sparktune.setup.runstate import DATA_FIELDS
 from sparktune.setup.screens import heading, length_screen, machine_screen, model_card, preview_screen
 
 __all__ = ["SCREENS", "LeftWizard", "Wizard", "check_data"]
@@ -41,10 +42,7 @@ _CUSTOM, _RUN, _QUIT, _OTHER = "\0custom", "\0run", "\0quit", "\0other"
 _QUESTIONS = ("mode", "num_epochs", "eval_split", "mtp", "gguf", "name")
 """Asked one by one where the recommended plan is not taken as it is."""
 _REVIEWED = ("model", "data", *_QUESTIONS)
-_ANALYSED = (
-    "model", "data", "eval_data", "eval_split", "text_field", "thinking", "max_seq_length", "over_length",
-    "bad_row_limit", "results", "output",
-)
+_ANALYSED = (*DATA_FIELDS, "results", "output")
 """Fields whose change makes the analysis out of date."""
 _OPEN = ("default", "saved", "recommendation")
 """Origins of values that a question may still change: nobody has said them in this session."""
@@ -133,12 +131,13 @@ class Wizard:
 
     def plan(self) -> Plan:
         """Returns the plan as answered so far, open values recommended once the data is known."""
-        plan = self._bare_plan()
+        plan = self.asked()
         if self.analysis is not None:
             plan, self.recommendations = decide(plan, self.analysis)
         return plan
 
-    def _bare_plan(self) -> Plan:
+    def asked(self) -> Plan:
+        """Returns the plan as answered, open values still open: what a run without a wizard starts from."""
         return resolve({**self.flags, **self._given}, self.config, self.env, self.saved)
 
     def run(self) -> Plan:
@@ -172,7 +171,7 @@ class Wizard:
     # -- the screens
 
     def _machine_screen(self, back: bool) -> Step:
-        plan = self._bare_plan()
+        plan = self.asked()
         self._seen = self.machine(plan)
         checks = self.checks(plan)
         self.asker.show(machine_screen(self._seen, checks))
@@ -196,7 +195,7 @@ class Wizard:
         asked = self._is_open("model")
         if asked and not self.ask("model", back):
             return "back"
-        spec = probe(self._bare_plan().model)
+        spec = probe(self.asked().model)
         self.asker.show(model_card(spec))
         if spec.native or self._confirmed == spec.source:
             return "next" if asked else "skip"
@@ -216,7 +215,7 @@ class Wizard:
             return "again"
         assert self.analysis is not None
         self.asker.show(report_tables(self.analysis.report))
-        rows = self.previews(self._bare_plan(), self.analysis.spec)
+        rows = self.previews(self.asked(), self.analysis.spec)
         more = self._preview(rows)
         while True:
             options: list[Option] = [("next", strings.GO_ON)]
@@ -239,7 +238,7 @@ class Wizard:
 
     def _lengths_screen(self, back: bool) -> Step:
         assert self.analysis is not None
-        plan = self._bare_plan()
+        plan = self.asked()
         self.asker.show(length_screen(self.analysis.report, plan.max_seq_length, self.asker.width))
         options: list[Option] = [("next", strings.GO_ON)]
         options += [
@@ -313,7 +312,7 @@ class Wizard:
 
     def _read_data(self) -> bool:
         """Analyses the data if that is not done for these answers. Returns False when the data must be asked again."""
-        plan = self._bare_plan()
+        plan = self.asked()
         wanted = plan.model_dump(include=set(_ANALYSED))
         if self.analysis is not None and self._analysed == wanted:
             return True
@@ -341,7 +340,7 @@ class Wizard:
         if not self.ask(name, back=True):
             return False
         if name == "model":
-            self.asker.show(model_card(probe(self._bare_plan().model)))
+            self.asker.show(model_card(probe(self.asked().model)))
         if name in _ANALYSED and self.analysis is not None and not self._read_data():
             self._given = kept  # the sentence that says why has been shown
             self._read_data()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
 _PATIENCE_S = 120.0
 
@@ -29,7 +33,7 @@ class Terminal:
 
     def __init__(self, folder: Path, argv: list[str], size: tuple[int, int], env: dict[str, str | None]) -> None:
         self._socket = f"sparktune-{uuid.uuid4().hex[:12]}"
-        self._folder = folder
+        self.size = size
         clean = {k: v for k, v in os.environ.items() if not k.startswith("SPARKTUNE_") and k not in ("CI", "TMUX")}
         merged = {**clean, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", **env}
         self._env = {k: v for k, v in merged.items() if v is not None}
@@ -74,6 +78,17 @@ class Terminal:
             seen = now
             time.sleep(0.15)
         return seen
+
+    def svg(self, title: str) -> str:
+        """Returns the screen as a picture."""
+        seen = self.screen(colours=True).rstrip("\n").splitlines()
+        console = Console(
+            record=True, file=io.StringIO(), width=self.size[0], height=self.size[1], force_terminal=True,
+            color_system="truecolor", legacy_windows=False,
+        )
+        for line in seen:
+            console.print(Text.from_ansi(line), no_wrap=True, overflow="crop")
+        return console.export_svg(title=title, unique_id=re.sub(r"[^a-z0-9]", "-", title.lower()))
 
     def close(self) -> None:
         """Ends the terminal and what runs in it."""
