@@ -164,9 +164,11 @@ class _Worker:
     """One worker process, seen from outside."""
 
     def __init__(self, rules: RowRules, tokenizer_source: str | None) -> None:
-        source = Path(sparktune.__file__).resolve().parents[1]
+        # our own sources first, then whatever else this process was given
+        source = str(Path(sparktune.__file__).resolve().parents[1])
+        paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         env = {
-            **os.environ, "PYTHONPATH": str(source), "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1",
+            **os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
         }
         # -P: the working folder must not shadow packages
