@@ -175,7 +175,8 @@ def command_row() -> dict[str, str]:
 def steps_row(times: StepTimes, **extra: object) -> dict[str, object]:
     """Returns the CSV row of one engine's steps: machine, settings, figures, losses, command."""
     losses = [round(x, 5) for x in times.losses]
-    return {**machine_row(), **extra, **asdict(times), "losses": json.dumps(losses),
+    figures = {name: round(x, 3) if isinstance(x, float) else x for name, x in asdict(times).items()}
+    return {**machine_row(), **extra, **figures, "losses": json.dumps(losses),
             "first_loss": losses[0] if losses else "", "last_loss": losses[-1] if losses else "", **command_row()}
 
 

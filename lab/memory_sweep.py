@@ -11,7 +11,6 @@ Exits 1 if a judged plan lies outside +7 % (too much foreseen) or -3 % (too litt
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 from sparktune.lab.measure import machine_row
 from sparktune.lab.native import build_engine, micro_batches
 from sparktune.lab.shapes import LORA_TARGETS, make_model
+from sparktune.lab.table import append_rows
 from sparktune.setup.plan.memory import PeakEstimate, predict_peak
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.rundir import cache_dir
@@ -207,15 +207,8 @@ def main() -> int:
     red = sum(row["verdict"] == "RED" for row in rows)
     if judged:
         print(f"{len(judged)} plans judged, {red} red: errors from {min(judged):+.2%} to {max(judged):+.2%}")
-    if options.csv and rows:
-        where = machine_row()
-        new = not options.csv.exists()
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=[*where, *rows[0]])
-            if new:
-                writer.writeheader()
-            writer.writerows({**where, **row} for row in rows)
+    if options.csv:
+        append_rows(options.csv, [{**machine_row(), **row} for row in rows])
     return 1 if red else 0
 
 
