@@ -15,7 +15,8 @@ from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
 
 __all__ = [
-    "DATA_FIELDS", "EVALUATION_FIELDS", "STAGES", "RunLock", "RunState", "fingerprint", "outputs_of", "stage_input", "stages_of",
+    "DATA_FIELDS", "EVALUATION_FIELDS", "STAGES", "RunLock", "RunState", "fingerprint", "outputs_of", "stage_input",
+    "stages_of",
 ]
 
 STAGES = ("prepare", "train", "merge", "mtp", "gguf", "evaluate", "report")
