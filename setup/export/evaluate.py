@@ -20,6 +20,7 @@ import numpy as np
 
 from sparktune.setup.data.tokenise import prepare
 from sparktune.setup.data.tokenizer import ChatTokenizer, load_tokenizer
+from sparktune.setup.export.card import write_card
 from sparktune.setup.export.prompts import Prompt, choose_prompts, held_out_prompts
 from sparktune.setup.export.scores import ALARM, Scores, alarms, judge_answers, paired_difference, score, summary_row
 from sparktune.setup.export.sources import Asked, Questions, Source, gguf_answer, model_answers, sources_of
@@ -198,6 +199,7 @@ def evaluate_run(stage: Stage) -> None:
         rows = _record(stage, questions, asked, scores, order)
     lines = [*_keep_other_rows(run.samples), *(json.dumps(row, ensure_ascii=False) for row in rows)]
     write_durably(run.samples, "".join(line + "\n" for line in lines))
+    write_card(plan, run)
     for row in rows:
         if "answer" in row:
             events.emit("sample", step=None, **{k: row[k] for k in ("prompt", "answer", "source")})

@@ -1,4 +1,4 @@
-"""What the user gets into their hands: serving commands, Ollama's Modelfile, and the result's README."""
+"""What the user gets into their hands: serving commands and Ollama's Modelfile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import ModelSpec, Plan
 
-__all__ = ["model_card", "modelfile", "result_lines", "serving_commands"]
+__all__ = ["modelfile", "result_lines", "serving_commands"]
 
 _DRAFT_TOKENS = 2
 """Drafted tokens a step; the head is one layer, applied again for the second."""
@@ -80,40 +80,3 @@ def result_lines(plan: Plan, run: RunDir) -> list[str]:
     commands = serving_commands(probe(str(run.merged)), run.merged, mtp=mtp, gguf=gguf, name=run.name)
     width = max(map(len, commands))
     return [f"{server:<{width}}  {command}" for server, command in commands.items()]
-
-
-def model_card(plan: Plan, run: RunDir, spec: ModelSpec) -> str:
-    """Returns the README.md of `output/RUN`: what the model is, how it was made, how it is served.
-
-    It is written with the merge, before the later stages run, so it speaks of their folders by their fixed names.
-    """
-    method = {"full": "Full fine-tuning", "qlora": "LoRA on a 4-bit base, merged into the original weights"}.get(
-        plan.mode, "LoRA, merged into the base's weights"
-    )
-    mtp = run.mtp(plan.mtp) if plan.mtp != "skip" and spec.model_type == "qwen3_5_text" and spec.mtp_layers else None
-    gguf = run.gguf / f"{run.name}-{plan.gguf[0].upper()}.gguf" if plan.gguf else None
-    siblings = [f"- `{mtp.name}/`: the same model with its MTP head for speculative decoding"] if mtp else []
-    siblings += [f"- `{run.gguf.name}/`: GGUF files ({', '.join(plan.gguf)}) and an Ollama Modelfile"] if gguf else []
-    here = Path(run.merged.name)
-    commands = serving_commands(
-        spec, here, mtp=Path(mtp.name) if mtp else None, gguf=Path(gguf.parent.name) / gguf.name if gguf else None,
-        name=run.name,
-    )
-    base = plan.model if not Path(plan.model).is_absolute() else Path(plan.model).name
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sparktune]"]
-    front += [f"base_model: {base}"] if "/" in base else []
-    body = [
-        *front, "---", "", f"# {run.name}", "",
-        f"{base}, fine-tuned with sparktune. {method}; every tensor that was not trained has the base's bytes.", "",
-        "| | |", "|---|---|",
-        f"| data | {plan.data.name if plan.data else 'unknown'} |",
-        f"| epochs | {plan.num_epochs:g} |" if plan.max_steps is None else f"| steps | {plan.max_steps} |",
-        f"| longest example | {plan.max_seq_length} tokens |",
-        f"| learning rate | {plan.learning_rate:g} |" if plan.learning_rate else "| learning rate | as recommended |",
-        f"| seed | {plan.seed} |", "",
-        *(["Beside this folder:", "", *siblings, ""] if siblings else []),
-        "## Serve", "", "From the folder that holds this one:", "", "```",
-        *(f"# {server}\n{command}" for server, command in commands.items()), "```", "",
-        f"The base model's licence applies. The exact plan is in `{run.root.name}/plan.yaml` of the run's records.", "",
-    ]
-    return "\n".join(body)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparktune.setup.export.adapter import Adapter, LowRank, read_adapter
-from sparktune.setup.export.handover import model_card
+from sparktune.setup.export.card import model_card
 from sparktune.setup.export.rounding import FLOAT_BYTES, from_float32, to_float32
 from sparktune.setup.export.stage import Stage, run_command, run_stage
 from sparktune.setup.plan.errors import SparktuneError, UsageError
@@ -336,7 +336,7 @@ def merge_run(stage: Stage) -> None:
         stage.events.message(f"{run.merged} is already the merge of this training; it is kept.")
         return
     merge(base_dir, trained, run.merged, stage.events, record=record,
-          card=model_card(stage.plan, run, probe(str(base_dir))),
+          card=model_card(stage.plan, run, base_dir),
           replace=lambda folder: read_record(folder).get("run") == run.name)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ def run(tiny_base: Path, tmp_path: Path) -> tuple[Plan, RunDir]:
     output, root = tmp_path / "output", tmp_path / "results" / "r"
     output.mkdir()
     root.mkdir(parents=True)
-    (output / "r").symlink_to(tiny_base)
+    shutil.copytree(tiny_base, output / "r", copy_function=os.link)
     plan = Plan(model=str(tiny_base), data=train, eval_data=held_out, output=output, results=tmp_path / "results",
                 sample_prompts=["Hello?"], eval_prompts=4)
     save_plan(plan, root / "plan.yaml")
@@ -77,6 +79,9 @@ def test_figures_pairs_and_rejected_rows_are_written(run, monkeypatch: pytest.Mo
     rows = [json.loads(line) for line in where.samples.read_text().splitlines()]
     assert rows[0] == {"step": 0, "prompt": "p", "answer": "a"}
     assert [r["source"] for r in rows if r.get("stage") == "evaluation"] == ["base", "merged", "gguf q8_0"]
+    card = (where.merged / "README.md").read_text()
+    assert "| merged | 0.75 |" in card
+    assert "licence applies." in card
     assert evaluate.main(["--run", str(where.root)]) == 0
     assert len(where.samples.read_text().splitlines()) == len(rows), "a second evaluation replaces the first"
 
