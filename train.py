@@ -51,7 +51,7 @@ def main() -> int:
 
     private_compilers(os.environ)
     flags = given_flags(args)
-    choice = engine_of_command(flags, args.config, os.environ)
+    choice = engine_of_command(flags, args.config, os.environ, ROOT / "train.py", sys.argv[1:])
     if choice is not None and choice.engine == "unsloth":
         try:
             load_unsloth()  # before anything imports transformers

@@ -9,15 +9,18 @@ import importlib
 import importlib.util
 import shutil
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparktune.setup.plan.config import load_plan, read_config, resolve
-from sparktune.setup.plan.engines import Choice, choose_engine
+from sparktune.setup.plan.engines import Choice, choose_engine, undecided
 from sparktune.setup.plan.errors import PreflightError, SparktuneError
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.schema import Machine
+from sparktune.setup.plan.speeds import BUILT_IN
+from sparktune.training.duel import known_speeds, race
 
 __all__ = ["Choice", "engine_of_command", "load_unsloth"]
 
@@ -43,13 +46,18 @@ def _machine() -> Machine:
     )
 
 
-def engine_of_command(flags: Mapping[str, Any], config: Path | None, env: Mapping[str, str]) -> Choice | None:
+def engine_of_command(
+    flags: Mapping[str, Any], config: Path | None, env: Mapping[str, str], script: Path | None = None,
+    words: Sequence[str] = (),
+) -> Choice | None:
     """Returns the engine that a command line leads to; None where the session may settle or refuse it by itself.
 
     Args:
         flags: plan fields given on the command line.
         config: what --config names.
         env: the environment.
+        script: train.py, for a duel of the engines where the plan asks for one.
+        words: the command line that a duel runs it with.
     """
     resume = flags.get("resume_from_checkpoint")
     try:
@@ -69,7 +77,11 @@ def engine_of_command(flags: Mapping[str, Any], config: Path | None, env: Mappin
             machine = Machine(device="cpu", memory_gib=0.0, cpu_cores=1, disk_free_gib=0.0)
         else:
             machine = _machine()
-        return choose_engine(probe(plan.model), machine, mode=plan.mode, unsloth_installed=installed)
+        spec, speeds = probe(plan.model), [*BUILT_IN, *known_speeds()]
+        if plan.engine_duel and script is not None and undecided(spec, machine, mode=plan.mode, speeds=speeds):
+            mode = "full" if plan.mode == "full" else "lora"
+            speeds += race(script, words, spec, machine, mode, lambda text: print(text, file=sys.stderr, flush=True))
+        return choose_engine(spec, machine, mode=plan.mode, unsloth_installed=installed, speeds=speeds)
     except SparktuneError:
         return None  # the session reads the same files and says what is wrong with them
 

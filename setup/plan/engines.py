@@ -12,7 +12,7 @@ from typing import Literal
 from sparktune.setup.plan.schema import Machine, ModelSpec
 from sparktune.setup.plan.speeds import BUILT_IN, Speed, chip_of
 
-__all__ = ["Choice", "EngineName", "choose_engine"]
+__all__ = ["Choice", "EngineName", "choose_engine", "undecided"]
 
 EngineName = Literal["native", "unsloth"]
 
@@ -58,6 +58,13 @@ def choose_engine(
         reason=f"it knows {spec.model_type} and packs it without leaks; nobody has measured both engines on "
         f"{chip_of(machine)} for {method} yet, --engine-duel does",
     )
+
+
+def undecided(spec: ModelSpec, machine: Machine, *, mode: str, speeds: Sequence[Speed]) -> bool:
+    """Says whether a duel would tell something: both engines could train it, and no pair of speeds is known."""
+    method = "full" if mode == "full" else "lora"
+    known = [s for s in speeds if s.mode == method and s.source != "published" and s.chip == chip_of(machine)]
+    return spec.native and machine.device == "cuda" and _nearest_pair(spec, known) is None
 
 
 def _nearest_pair(spec: ModelSpec, speeds: Sequence[Speed]) -> tuple[Speed, Speed] | None:

@@ -62,6 +62,8 @@ class Plan(_Strict):
     """Method: LoRA, LoRA on a 4-bit base, or full fine-tuning."""
     engine: Literal["auto", "native", "unsloth"] = Field("auto", json_schema_extra=flags("--engine"))
     """Training engine."""
+    engine_duel: bool = Field(False, json_schema_extra=flags("--engine-duel", surface="train"))
+    """With engine auto on a chip where nobody has measured both engines: race them for 20 steps each before the run."""
     seed: int = Field(3407, ge=0, lt=2**63, json_schema_extra=flags("--seed"))
     """Seed of initialisation, data order, dropout and sampling."""
 
