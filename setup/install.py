@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparktune.setup.build_progress import BuildDisplay
-from sparktune.setup.machine.backends import StopSignals, program_root
+from sparktune.setup.machine.backends import LocalBackend, StopSignals, local_python, program_root
 from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.machine.diagnose import diagnose
 from sparktune.setup.machine.docker_backend import RUN_LABEL
@@ -99,6 +100,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rebuild", nargs="?", const="yes", default="no", choices=("yes", "clean", "no"),
                         help="build although nothing changed; =clean removes it first and reuses no layer")
     parser.add_argument("--max-jobs", type=int, metavar="N", help="compilers at once (default 4, about 1.5 GiB each)")
+    parser.add_argument("--gates", action="store_true",
+                        help="run the six gates in the local environment, without the image")
     parser.add_argument("--uninstall", action="store_true", help="remove what this made, and nothing else")
     parser.add_argument("--json", action="store_true", help="the outcome as JSON on standard output")
     parser.add_argument("--plain", action="store_true", help="no bars, no colour")
@@ -110,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(sys.argv[1:] if argv is None else argv)
     messages = Console(stderr=True, no_color=True if options.plain else None)
     try:
+        if options.gates:
+            return _gates(options)
         client = connect()
         if options.uninstall:
             for what in uninstall(client):
@@ -121,6 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(error.exit_code)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
+
+
+def _gates(options: argparse.Namespace) -> int:
+    """Runs lab/gates.py where there is torch, and returns its exit code."""
+    command = [local_python(program_root()), "-P", "-m", "sparktune.lab.gates", *(["--json"] if options.json else [])]
+    return subprocess.run(command, env=LocalBackend.environment(), check=False).returncode
 
 
 def _install(options: argparse.Namespace, client: Any, messages: Console) -> int:
