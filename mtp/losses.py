@@ -87,6 +87,11 @@ def _block_loss(weight: torch.Tensor) -> BlockLoss:
     return block_loss_reference
 
 
+def block_rows(weight: torch.Tensor) -> int:
+    """Returns the rows of the base whose logits exist at a time: a multiple of 64, for the matrix units."""
+    return max(64, BLOCK_BYTES // (weight.shape[0] * weight.element_size()) // 64 * 64)
+
+
 def _product(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """gradient [S, V] times weight [V, H], summed in float32."""
     if weight.is_cuda:
@@ -106,7 +111,7 @@ class _DraftLosses(torch.autograd.Function):
         wide = working_dtype(base)
         total = torch.zeros((), dtype=wide, device=base.device)
         gradients = [torch.empty(d.shape, dtype=wide, device=d.device) for d in drafts]
-        step = max(64, BLOCK_BYTES // (weight.shape[0] * weight.element_size()) // 64 * 64)
+        step = block_rows(weight)
         for first in range(0, base.shape[0], step):
             last = min(first + step, base.shape[0])
             judge = None if kind == "hard" else base[first:last] @ weight.t()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from transformers import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import (
     Qwen3_5DecoderLayer,
@@ -17,30 +17,28 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     Qwen3_5TextRotaryEmbedding,
 )
 
-from sparktune.mtp.extract_upstream_mtp import find_head
-from sparktune.mtp.head import MtpHead
+from sparktune.kernels.modules.decoding import AttentionCache
+from sparktune.kernels.select import reference_ops
+from sparktune.mtp.head import MtpHead, load_head
 from sparktune.mtp.rows import draft_rows
 from sparktune.setup.plan.errors import PreflightError
-from sparktune.setup.plan.models import probe
+from sparktune.setup.plan.schema import ModelSpec
+from sparktune.setup.plan.weights import safetensors_header
 from sparktune.training.batch import MicroBatch
 from sparktune.training.tower import TextTower
 
 Row = Callable[..., MicroBatch]
 Load = Callable[[torch.dtype], tuple[TextTower, MtpHead]]
-DOCUMENTS = [[5, 9, 300, 7, 44, 81, 2, 19, 77, 410, 3], [8, 6, 4], [100, 101, 102, 103, 104, 105, 106, 107]]
+DOCUMENTS = [[5, 9, 30, 7, 44, 81, 2, 19, 77, 41, 3], [8, 6, 4], [80, 81, 82, 83, 84, 85, 86, 87]]
 PROMPTS = [3, 1, 4]
 
 
 class Oracle:
     """The head put together from transformers' parts, one document at a time; `variant` does one thing wrong."""
 
-    def __init__(self, folder: Path, variant: str = "") -> None:
-        import json
-
-        text = json.loads((folder / "config.json").read_text())["text_config"]
+    def __init__(self, text: dict[str, Any], held: dict[str, torch.Tensor], variant: str = "") -> None:
         config = Qwen3_5TextConfig(**{**text, "num_hidden_layers": 1, "layer_types": ["full_attention"]})
         config._attn_implementation = "sdpa"
-        held = {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items() if n.startswith("mtp.")}
         self.layer = Qwen3_5DecoderLayer(config, 0).eval()
         self.layer.load_state_dict({n.removeprefix("mtp.layers.0."): t for n, t in held.items() if ".layers.0." in n})
         self.norms = {}
@@ -49,7 +47,7 @@ class Oracle:
             self.norms[name].load_state_dict({"weight": held[f"mtp.{name}.weight"]})
         self.fc, self.rotary, self.variant = held["mtp.fc.weight"], Qwen3_5TextRotaryEmbedding(config), variant
         if variant == "halves":  # [q of all heads | gate of all heads] instead of [q | gate] head by head
-            weight = self.layer.self_attn.q_proj.weight.data
+            weight = self.layer.self_attn.q_proj.weight.data.clone()
             heads = weight.view(config.num_attention_heads, 2, config.head_dim, -1)
             self.layer.self_attn.q_proj.weight.data = heads.transpose(0, 1).reshape(weight.shape).clone()
 
@@ -83,10 +81,10 @@ def normed(tower: TextTower, batch: MicroBatch, variant: str) -> torch.Tensor:
         tower.final_norm = final_norm
 
 
-def worst(load: Load, folder: Path, row: Row, variant: str = "") -> float:
+def worst(load: Load, text: dict[str, Any], row: Row, variant: str = "") -> float:
     """Largest difference between our drafts and the oracle's, relative to the largest value."""
     tower, head = load(torch.float32)
-    batch, oracle = row(DOCUMENTS, PROMPTS), Oracle(folder, variant)
+    batch, oracle = row(DOCUMENTS, PROMPTS), Oracle(text, head.tensors(), variant)
     with torch.no_grad():
         hidden = tower(batch)
         ours = head(batch, hidden, tower.embed_tokens, tower.inv_freq, 2)
@@ -98,18 +96,18 @@ def worst(load: Load, folder: Path, row: Row, variant: str = "") -> float:
     return found
 
 
-def test_both_drafts_agree_with_transformers_layer(loaded: Load, tiny: Path, row: Row) -> None:
-    assert worst(loaded, tiny, row) <= 1e-5
+def test_both_drafts_agree_with_transformers_layer(loaded: Load, text_config: dict[str, Any], row: Row) -> None:
+    assert worst(loaded, text_config, row) <= 1e-5
 
 
 @pytest.mark.parametrize("variant", ["order", "pre-norm", "halves"])
-def test_the_oracle_sees_what_must_not_be_done(loaded: Load, tiny: Path, row: Row, variant: str) -> None:
-    assert worst(loaded, tiny, row, variant) > 1e-2
+def test_the_oracle_sees_what_must_not_be_done(
+    loaded: Load, text_config: dict[str, Any], row: Row, variant: str
+) -> None:
+    assert worst(loaded, text_config, row, variant) > 1e-2
 
 
 def test_serving_with_a_cache_gives_the_same_drafts(loaded: Load, row: Row) -> None:
-    from sparktune.kernels.modules.decoding import AttentionCache
-
     tower, head = loaded(torch.float64)
     batch = row(DOCUMENTS[:1], PROMPTS[:1])
     with torch.no_grad():
@@ -159,18 +157,19 @@ def test_no_document_sees_another_and_no_pair_spans_two(loaded: Load, row: Row) 
     assert rows.counts() == [7 + 1 + 3, 6 + 0 + 2]
 
 
-def test_a_head_of_another_family_is_refused(tiny: Path) -> None:
-    spec = probe(str(tiny)).model_copy(update={"model_type": "llama"})
-    from sparktune.kernels.select import reference_ops
-
+def test_a_head_of_another_family_is_refused(spec: ModelSpec) -> None:
+    llama = spec.model_copy(update={"model_type": "llama"})
     with pytest.raises(PreflightError, match=r"is a llama; only dense Qwen3\.5"):
-        MtpHead(spec, reference_ops(), dtype=torch.float32, device=torch.device("cpu"))
+        MtpHead(llama, reference_ops(), dtype=torch.float32, device=torch.device("cpu"))
 
 
-def test_tensors_go_out_as_they_came_in(loaded: Load, tiny: Path) -> None:
-    _, head = loaded(torch.float32)
-    held: dict[str, Any] = {n: t for f in tiny.glob("*.safetensors") for n, t in load_file(f).items()}
-    head.make_trainable()
-    out = head.tensors()
-    assert out.keys() == find_head(tiny).keys()
-    assert all(torch.equal(t, held[n]) for n, t in out.items())
+def test_tensors_go_out_as_they_came_in(loaded: Load, tmp_path: Path) -> None:
+    tower, head = loaded(torch.float32)
+    before = {n: t.clone() for n, t in head.tensors().items()}
+    file = tmp_path / "head.safetensors"
+    save_file(before, file)
+    places = {n: (file, e) for n, e in safetensors_header(file).items()}
+    again = load_head(tower, places, "it")
+    again.make_trainable()
+    assert len(before) == 15
+    assert all(torch.equal(t, before[n]) for n, t in again.tensors().items())
