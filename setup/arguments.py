@@ -17,8 +17,9 @@ from sparktune.setup.runstate import EVALUATION_FIELDS
 
 __all__ = ["COMMANDS", "WITH_RUN", "Arguments", "parse"]
 
-COMMANDS = ("doctor", "analyze", "plan", "resume", "runs", "evaluate", "chat", "diagnose")
-WITH_RUN = ("resume", "evaluate", "chat")
+COMMANDS = ("doctor", "analyze", "plan", "resume", "runs", "evaluate", "chat", "push", "diagnose")
+WITH_RUN = ("resume", "evaluate", "chat", "push")
+_PUSH = ("push_to", "token_file", "public")
 _NAMED = {**dict.fromkeys(WITH_RUN, 1), "diagnose": 1, "runs": 8}
 """Command -> how many names it takes at most."""
 _WHERE = ("results", "output", "backend")
@@ -56,6 +57,8 @@ class Arguments:
     json_out: bool
     plain: bool
     yes: bool
+    push: tuple[str, ...]
+    """What the command push hands on: --push-to and its companions."""
     image: ImageOptions
     """What is wanted of the Docker image."""
 
@@ -77,12 +80,21 @@ def _make_parser() -> _Parser:
     parser.add_argument("--rebuild", nargs="?", const="yes", default="no", choices=_REBUILD,
                         help=strings.HELP_REBUILD)
     parser.add_argument("--dev-mount", action="store_true", help=strings.HELP_DEV_MOUNT)
+    parser.add_argument("--push-to", metavar="OWNER/NAME", help=strings.HELP_PUSH_TO)
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help=strings.HELP_TOKEN_FILE)
+    parser.add_argument("--public", action="store_true", help=strings.HELP_PUBLIC)
     add_plan_flags(parser, "run")
     return parser
 
 
 def _nearest(word: str, pool: Sequence[str]) -> str:
     return (difflib.get_close_matches(word, pool, n=1, cutoff=0.0) or [pool[0]])[0]
+
+
+def _push_words(known: argparse.Namespace) -> tuple[str, ...]:
+    words = ["--push-to", str(known.push_to)] if known.push_to else []
+    words += ["--token-file", str(known.token_file)] if known.token_file else []
+    return (*words, *(["--public"] if known.public else []), *(["--yes"] if known.yes else []))
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -106,6 +118,11 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise UsageError(strings.UNKNOWN_COMMAND.format(given=command, nearest=_nearest(command, COMMANDS)))
     if len(names) > _NAMED.get(command, 0):
         raise UsageError(strings.RUN_UNEXPECTED.format(command=known.command, run=names[_NAMED.get(command, 0)]))
+    given = [f for f in _PUSH if getattr(known, f)]
+    if given and command != "push":
+        raise UsageError(strings.PUSH_ALONE.format(flags=", ".join("--" + f.replace("_", "-") for f in given)))
+    if command == "push" and known.push_to is None:
+        raise UsageError(strings.PUSH_WHERE)
     if command in (*WITH_RUN, "runs", "diagnose"):
         allowed = (*_WHERE, *(EVALUATION_FIELDS if command == "evaluate" else ()))
         refused = [flag_of(f) for f in flags if f not in allowed] + (["--config"] if known.config_file else [])
@@ -120,6 +137,6 @@ def parse(argv: Sequence[str]) -> Arguments:
         command=command, run=names[0] if names else None, names=names, flags=flags,
         config=known.config_file, demo=known.demo, non_interactive=known.non_interactive,
         dry_run=known.dry_run, json_out=known.json_out, plain=known.plain,
-        yes=known.yes,
+        yes=known.yes, push=_push_words(known),
         image=ImageOptions(rebuild=known.rebuild, dev_mount=known.dev_mount),
     )

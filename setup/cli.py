@@ -18,7 +18,7 @@ from rich.markup import escape
 from sparktune.setup import strings
 from sparktune.setup.arguments import Arguments, parse
 from sparktune.setup.cards import checks_table, findings_table, plan_table, report_tables
-from sparktune.setup.machine.backends import chat_process
+from sparktune.setup.machine.backends import chat_process, push_process
 from sparktune.setup.machine.detect import detect_machine
 from sparktune.setup.machine.doctor import failures, machine_checks, run_checks
 from sparktune.setup.machine.symptoms import diagnose_source, machine_symptoms
@@ -238,6 +238,10 @@ def _chat(session: _Session) -> int:
     return chat_process(run.merged)
 
 
+def _push(session: _Session) -> int:
+    return push_process(_run_root(session), session.arguments.push)
+
+
 # -- the run itself
 
 
@@ -322,7 +326,7 @@ def _run(session: _Session) -> int:
 
 _COMMANDS: dict[str, Callable[[_Session], int]] = {
     "run": _run, "doctor": _doctor, "analyze": _analyze, "plan": _plan, "runs": _runs, "diagnose": _diagnose,
-    "resume": _resume, "evaluate": lambda session: _resume(session, "evaluate"), "chat": _chat,
+    "resume": _resume, "evaluate": lambda session: _resume(session, "evaluate"), "chat": _chat, "push": _push,
 }
 
 

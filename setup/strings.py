@@ -65,11 +65,17 @@ COMMANDS_HELP = """commands:
   runs [RUN ...]    list the runs; with two or more names, compare their plans, figures and answers
   evaluate RUN      evaluate a finished run again
   chat RUN          talk to the merged model of a run
+  push RUN          show, then send a run's result to the hub (--push-to OWNER/NAME)
   diagnose [FILE]   say what a log, or a run, is known for; without a name, the state of this machine
 
 exit codes: 0 ok, 1 failure, 2 usage, 3 preflight, 4 data, 5 memory, 75 stopped and resumable, 130 interrupted"""
-HELP_COMMAND = "doctor, analyze, plan, resume, runs, evaluate, chat or diagnose; the wizard when left out"
-HELP_RUN = "for resume, evaluate and chat: the run's name, or its folder in results/"
+HELP_COMMAND = "doctor, analyze, plan, resume, runs, evaluate, chat, push or diagnose; the wizard when left out"
+HELP_RUN = "for resume, evaluate, chat and push: the run's name, or its folder in results/"
+HELP_PUSH_TO = "with push: the repository of the merged model; its GGUF files go to OWNER/NAME-GGUF"
+HELP_TOKEN_FILE = "with push: a file with the hub's token; otherwise HF_TOKEN or an earlier `hf auth login`"
+HELP_PUBLIC = "with push: make new repositories public"
+PUSH_ALONE = "{flags} goes with the command push: ./run.sh push RUN --push-to OWNER/NAME."
+PUSH_WHERE = "`push RUN` needs --push-to OWNER/NAME. Nothing is sent before you have seen what and said yes."
 HELP_DEMO = "make a tiny model and data here and take them through the whole journey"
 HELP_NON_INTERACTIVE = "never ask; name everything that is missing and stop"
 HELP_CONFIG = "a plan.yaml, or the published YAML template; flags override it"

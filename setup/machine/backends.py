@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol
@@ -134,6 +134,13 @@ def local_python(root: Path) -> str:
 def chat_process(model: Path) -> int:
     """Talks to the model in `model` on this terminal, in a process that has torch. Returns its exit code."""
     argv = [local_python(program_root()), "-P", "-m", "sparktune.setup.chat", "--model", str(model)]
+    code = subprocess.run(argv, env=LocalBackend.environment(), check=False).returncode
+    return 128 - code if code < 0 else code
+
+
+def push_process(root: Path, words: Sequence[str]) -> int:
+    """Shows and sends the run in `root`, in a process that has the hub's client. Returns its exit code."""
+    argv = [local_python(program_root()), "-P", "-m", "sparktune.setup.export.push", "--run", str(root), *words]
     code = subprocess.run(argv, env=LocalBackend.environment(), check=False).returncode
     return 128 - code if code < 0 else code
 
