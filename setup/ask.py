@@ -40,7 +40,7 @@ Check = Callable[[str], str | None]
 
 _STYLE = questionary.Style([
     ("qmark", "fg:ansicyan bold"), ("question", "bold"), ("answer", "fg:ansicyan bold"),
-    ("pointer", "fg:ansicyan bold"), ("highlighted", "bold"), ("selected", "fg:ansicyan"),
+    ("pointer", "fg:ansicyan bold"), ("highlighted", "bold"), ("selected", "noreverse"),
     ("instruction", "fg:ansibrightblack"), ("good", "fg:ansigreen"), ("tight", "fg:ansiyellow"), ("bad", "fg:ansired"),
     ("faint", "fg:ansibrightblack"),
 ])
@@ -91,6 +91,10 @@ class Asker(Protocol):
     @property
     def width(self) -> int:
         """Columns of the screen."""
+
+    @property
+    def height(self) -> int:
+        """Rows of the screen."""
 
     @property
     def colours(self) -> bool:
@@ -191,6 +195,11 @@ class TerminalAsker:
         return int(self._io["output"].get_size().columns)
 
     @property
+    def height(self) -> int:
+        """Rows of the screen."""
+        return int(self._io["output"].get_size().rows)
+
+    @property
     def colours(self) -> bool:
         """Whether colour can be seen."""
         return self._console.color_system is not None and not self._console.no_color
@@ -281,6 +290,11 @@ class PlainAsker:
     def width(self) -> int:
         """Columns of the screen."""
         return self._console.width
+
+    @property
+    def height(self) -> int:
+        """Without an end: lines scroll."""
+        return sys.maxsize
 
     @property
     def colours(self) -> bool:

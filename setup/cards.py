@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 _ALWAYS = ("model", "data", "mode", "engine", "num_epochs", "eval_split", "max_seq_length", "mtp", "gguf", "backend")
+_FIRST = ("results", "output", "backend", "device", "dtype", "save_steps", "eval_steps")
+"""Values that seldom matter stand first: on a small screen the table's end is what is seen."""
 _NARROW = 130
 _STATUS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
@@ -60,8 +62,13 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     return table
 
 
-def report_tables(report: DatasetReport) -> RenderableType:
-    """Shows what the data is: rows, drops, lengths, packing."""
+def report_tables(report: DatasetReport, bars: bool = True) -> RenderableType:
+    """Shows what the data is: rows, drops, lengths, packing.
+
+    Args:
+        report: the data.
+        bars: also draw how long the examples are.
+    """
     facts = _table(strings.DATA_TITLE, "", "")
     facts.show_header = False
     lengths = report.lengths
@@ -87,8 +94,10 @@ def report_tables(report: DatasetReport) -> RenderableType:
     for cleaned in (report.cleaned, report.eval_cleaned):
         if cleaned is not None:
             facts.add_row("cleaned", escape(_cleaned(cleaned)))
-    bars = Histogram(lengths.histogram_edges, lengths.histogram_counts, "tokens")
-    parts: list[RenderableType] = [facts, Text("Lengths of training examples", "dim"), bars]
+    parts: list[RenderableType] = [facts]
+    if bars:
+        drawn = Histogram(lengths.histogram_edges, lengths.histogram_counts, "tokens")
+        parts += [Text("Lengths of training examples", "dim"), drawn]
     for problem in report.problems:
         parts.append(Text(f"line {problem.line}: {problem.code}: {problem.text}", "yellow"))
     parts += [Text(text, "yellow") for text in report.warnings]
@@ -135,15 +144,16 @@ def plan_table(plan: Plan, recommendations: Sequence[Recommendation], width: int
     table = _table(strings.PLAN_TITLE, *(("flag", "value") if narrow else ("flag", "value", "from", "why")))
     table.columns[0].no_wrap = True
     reasons = {r.field: f"{r.reason} [{r.source}]" for r in recommendations}
-    for field in Plan.model_fields:
+    for field in [*_FIRST, *(f for f in Plan.model_fields if f not in _FIRST)]:
         origin = plan.origins.get(field, "default")
         if field in _ALWAYS or (origin != "default" and field in plan.origins):
             value, reason = show_value(getattr(plan, field)), reasons.get(field, "")
+            said = strings.ORIGINS[origin]
             if narrow:
                 why = f"\n{reason}" if reason else ""
-                table.add_row(flag_of(field), Text.assemble(f"{value}  ({origin})", (why, "dim")))
+                table.add_row(flag_of(field), Text.assemble(f"{value}  ({said})", (why, "dim")))
             else:
-                table.add_row(flag_of(field), escape(value), origin, escape(reason))
+                table.add_row(flag_of(field), escape(value), said, escape(reason))
     return table
 
 

@@ -11,17 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from sparktune.setup import strings
-from sparktune.setup.machine.doctor import Check
+from sparktune.setup.histogram import Histogram
+from sparktune.setup.machine.check import Check
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec
 from sparktune.setup.preview import Preview, shorten
 
-__all__ = ["heading", "histogram", "length_screen", "machine_screen", "model_card", "preview_screen"]
+__all__ = ["heading", "length_screen", "machine_screen", "model_card", "preview_screen"]
 
 _STYLE = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 _MARK = {"ok": "ok", "warning": "!", "failed": "X"}
-_BAR = "▏▎▍▌▋▊▉█"
-_WIDEST_BAR = 48
-_MOST_BINS = 10
 _LEARNED = "bold green"
 
 
@@ -102,41 +100,7 @@ def preview_screen(preview: Preview, colours: bool) -> RenderableType:
     return Group(legend, Padding(body, (0, 0, 0, 2)))
 
 
-def _bar(share: float, width: int) -> str:
-    eighths = round(share * width * 8)
-    if share > 0:
-        eighths = max(eighths, 1)
-    full, rest = divmod(eighths, 8)
-    return "█" * full + (_BAR[rest - 1] if rest else "")
-
-
-def _bins(edges: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Returns (from, to, examples) of at most ten bins: neighbours are joined, empty ends left out."""
-    filled = [i for i, n in enumerate(counts) if n]
-    first, last = (filled[0], filled[-1]) if filled else (0, 0)
-    group = -(-(last - first + 1) // _MOST_BINS)
-    bins = []
-    for start in range(first, last + 1, group):
-        end = min(start + group, len(counts))
-        bins.append((edges[start], edges[end] - 1, sum(counts[start:end])))
-    return bins
-
-
-def histogram(report: DatasetReport, width: int) -> Table:
-    """Draws how long the training examples are, one bar a range of lengths, for a screen `width` columns wide."""
-    bins = _bins(report.lengths.histogram_edges, report.lengths.histogram_counts)
-    most = max((n for *_, n in bins), default=1) or 1
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(justify="right", style="dim", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    bar_width = max(min(width - 40, _WIDEST_BAR), 8)
-    for low, high, count in bins:
-        table.add_row(f"{low:,} to {high:,}", Text(_bar(count / most, bar_width), "cyan"), f"{count:,}")
-    return table
-
-
-def length_screen(report: DatasetReport, max_seq_length: int, width: int) -> RenderableType:
+def length_screen(report: DatasetReport, max_seq_length: int) -> RenderableType:
     """Shows lengths, what is learned of them, what was too long, and how full packs would be."""
     lengths = report.lengths
     left_out = report.dropped.get("over_length", 0)
@@ -147,7 +111,8 @@ def length_screen(report: DatasetReport, max_seq_length: int, width: int) -> Ren
     else:
         over = strings.OVER_NONE.format(limit=max_seq_length)
     fills = "   ".join(f"{n:,}: {share:.0%}" for n, share in report.packing.items())
-    return Group(histogram(report, width), Text(), _facts([
+    bars = Histogram(lengths.histogram_edges, lengths.histogram_counts, "tokens")
+    return Group(bars, Text(), _facts([
         ("tokens", f"{lengths.total:,} in {lengths.count:,} examples; {report.supervised_tokens:,} learned "
                    f"({report.supervised_share:.0%})"),
         ("length", f"mean {lengths.mean:,.0f}, median {lengths.p50:,}, 90 % up to {lengths.p90:,}, "

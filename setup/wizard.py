@@ -9,41 +9,41 @@ and recommendations alone (setup/plan/config.py), so a run without a wizard make
 
 from __future__ import annotations
 
-import os
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from sparktune.setup import strings
 from sparktune.setup.ask import BACK, Asker, Option
-from sparktune.setup.badges import model_options
 from sparktune.setup.cards import outlook_table, plan_table, report_tables, show_value
-from sparktune.setup.machine.doctor import Check, failures
+from sparktune.setup.machine.check import Check, failures
 from sparktune.setup.outlook import Outlook
-from sparktune.setup.pipeline import Analysis, StageFailed, check_name_free, decide
+from sparktune.setup.pipeline import Analysis, StageFailed, decide
 from sparktune.setup.plan.config import resolve
 from sparktune.setup.plan.errors import SparktuneError, UsageError
 from sparktune.setup.plan.flags import flag_of
-from sparktune.setup.plan.models import CATALOGUE, probe
+from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.schema import Machine, ModelSpec, Plan, Recommendation
 from sparktune.setup.preview import Preview
+from sparktune.setup.questions import Questions, can_be_asked
 from sparktune.setup.replay import replay_command
 from sparktune.setup.runstate import DATA_FIELDS
 from sparktune.setup.screens import heading, length_screen, machine_screen, model_card, preview_screen
 
-__all__ = ["SCREENS", "LeftWizard", "Wizard", "check_data"]
+__all__ = ["SCREENS", "LeftWizard", "Wizard"]
 
 SCREENS = ("machine", "model", "data", "lengths", "plan", "review")
 """The screens in their order; each is a method `_NAME_screen` of the wizard and a title in strings.SCREENS."""
-_CUSTOM, _RUN, _QUIT, _OTHER = "\0custom", "\0run", "\0quit", "\0other"
+_RUN, _QUIT, _OTHER = "\0run", "\0quit", "\0other"
 _QUESTIONS = ("mode", "num_epochs", "eval_split", "mtp", "gguf", "name")
 """Asked one by one where the recommended plan is not taken as it is."""
 _REVIEWED = ("model", "data", *_QUESTIONS)
 _ANALYSED = (*DATA_FIELDS, "results", "output")
 """Fields whose change makes the analysis out of date."""
+_WHERE = ("results", "output")
+_REVIEW_REST = 12
+"""Rows that the review needs beside its lines."""
+_MARGIN = 12
 _OPEN = ("default", "saved", "recommendation")
 """Origins of values that a question may still change: nobody has said them in this session."""
 Step = Literal["next", "back", "again", "skip"]
@@ -52,49 +52,6 @@ Step = Literal["next", "back", "again", "skip"]
 
 class LeftWizard(Exception):
     """The user chose to leave."""
-
-
-def check_data(typed: str) -> str | None:
-    """Returns what is wrong with a data file at first sight, or None. Every row is read later, by the analysis."""
-    path = Path(typed).expanduser()
-    if not typed or not path.exists():
-        return strings.DATA_MISSING.format(path=typed)
-    if not path.is_file():
-        return strings.DATA_NOT_FILE.format(path=typed)
-    try:
-        with path.open("rb") as file:
-            if not any(row.strip() for row in file):
-                return strings.DATA_EMPTY.format(path=typed)
-    except OSError:
-        return strings.DATA_UNREADABLE.format(path=typed)
-    return None
-
-
-def _check_model(typed: str) -> str | None:
-    try:
-        probe(typed)
-    except SparktuneError as error:
-        return str(error)
-    return None
-
-
-def _literals(name: str) -> list[str] | None:
-    """Returns the words a field takes, or None where it takes a text."""
-    kind = Plan.model_fields[name].annotation
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        kind = next(a for a in typing.get_args(kind) if a is not type(None))
-    if kind is bool:
-        return ["true", "false"]
-    return [str(a) for a in typing.get_args(kind)] if typing.get_origin(kind) is Literal else None
-
-
-def _typed(value: Any) -> str:
-    """Returns a value as one would type it."""
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else os.fspath(value) if isinstance(value, Path) else str(value)
 
 
 @dataclass(kw_only=True)
@@ -214,7 +171,7 @@ class Wizard:
         if not self._read_data():
             return "again"
         assert self.analysis is not None
-        self.asker.show(report_tables(self.analysis.report))
+        self.asker.show(report_tables(self.analysis.report, bars=False))
         rows = self.previews(self.asked(), self.analysis.spec)
         more = self._preview(rows)
         while True:
@@ -239,7 +196,7 @@ class Wizard:
     def _lengths_screen(self, back: bool) -> Step:
         assert self.analysis is not None
         plan = self.asked()
-        self.asker.show(length_screen(self.analysis.report, plan.max_seq_length, self.asker.width))
+        self.asker.show(length_screen(self.analysis.report, plan.max_seq_length))
         options: list[Option] = [("next", strings.GO_ON)]
         options += [
             (name, f"{strings.CHANGE} {flag_of(name)} ({show_value(getattr(plan, name))})")
@@ -276,12 +233,12 @@ class Wizard:
         assert self.analysis is not None
         plan = self.plan()
         found = self.outlook(plan, self.analysis)
-        self.asker.show(outlook_table(found))
         self.asker.tell(strings.REPLAY.format(command=replay_command(plan)), whole=True)
-        names = [*_REVIEWED, *(n for n in Plan.model_fields
-                               if n not in _REVIEWED and plan.origins.get(n, "default") != "default")]
+        self.asker.show(outlook_table(found))
+        names = self._reviewed(plan)
+        width = max(len(flag_of(n)) for n in names)
         options: list[Option] = [] if found.refusals else [(_RUN, strings.REVIEW_RUN)]
-        options += [self._line(name, plan, max(len(flag_of(n)) for n in names)) for name in names]
+        options += [self._line(name, plan, width) for name in names]
         options += [(_OTHER, strings.REVIEW_OTHER), (_QUIT, strings.REVIEW_QUIT)]
         question = strings.REVIEW_BLOCKED if found.refusals else strings.ASK_REVIEW
         picked = self.asker.choose(question, options, _RUN, back)
@@ -292,20 +249,27 @@ class Wizard:
         if picked == _RUN:
             return "next"
         if picked == _OTHER:
-            others: list[Option] = [
-                (n, f"{flag_of(n):<26} {show_value(getattr(plan, n))}") for n, info in Plan.model_fields.items()
-                if n not in names and typing.cast(dict[str, Any], info.json_schema_extra or {}).get("flags") is not None
-                and typing.cast(dict[str, Any], info.json_schema_extra).get("surface") != "train"
-            ]
-            picked = self.asker.choose(strings.ASK_OTHER, others, None, back=True)
+            others = [n for n in Plan.model_fields if n not in names and can_be_asked(n)]
+            width = max(len(flag_of(n)) for n in others)
+            picked = self.asker.choose(strings.ASK_OTHER, [self._line(n, plan, width) for n in others], None, back=True)
         if picked != BACK:
             self._edit(picked)
         return "again"
+
+    def _reviewed(self, plan: Plan) -> list[str]:
+        """Returns the fields of the review: all that somebody chose; on a low screen recommended ones stand apart."""
+        chosen = [n for n in Plan.model_fields if n not in _REVIEWED and plan.origins.get(n, "default") != "default"]
+        if len(_REVIEWED) + len(chosen) + _REVIEW_REST > self.asker.height:
+            chosen = [n for n in chosen if plan.origins[n] != "recommendation" and n not in _WHERE]
+        return [*_REVIEWED, *chosen]
 
     def _line(self, name: str, plan: Plan, width: int) -> Option:
         value = getattr(plan, name)
         shown = strings.OPEN_NAME if name == "name" and value is None else show_value(value)
         why = strings.ANSWERED if name in self._given else strings.ORIGINS[plan.origins[name]]
+        room = self.asker.width - width - len(why) - _MARGIN
+        if len(shown) > room:
+            shown = "…" + shown[-max(room - 1, 8):]  # of a path, the end tells most
         return name, [("", f"{flag_of(name):<{width}}  {shown}"), ("class:faint", f"  {why}")]
 
     # -- the data
@@ -351,18 +315,23 @@ class Wizard:
     def ask(self, name: str, back: bool) -> bool:
         """Asks for one field and keeps the answer. Returns False for "back"."""
         plan = self.plan()
-        special = {"model": self._ask_model, "data": self._ask_data, "gguf": self._ask_gguf, "name": self._ask_name}
-        chosen = {"mode": (strings.ASK_MODE, strings.MODES), "mtp": (strings.ASK_MTP, strings.MTPS)}
-        if name in special:
-            answer: Any = special[name](plan, back)
-        elif name in chosen:
-            answer = self._choose(name, *chosen[name], plan, back)
-        else:
-            answer = self._ask_field(name, plan, back)
+        questions = Questions(
+            asker=self.asker, plan=plan, recommendations=self.recommendations, machine=self._seen or self.machine(plan),
+            check=self._objection,
+        )
+        answer = questions.ask(name, back)
         if answer == BACK:
             return False
         self._keep(name, answer, plan)
         return True
+
+    def _objection(self, name: str, typed: str) -> str | None:
+        """Returns what is wrong with a typed value of a field, given all that was said so far."""
+        try:
+            resolve({**self.flags, **self._given, name: typed or None}, self.config, self.env, self.saved)
+        except UsageError as error:
+            return str(error)
+        return None
 
     def _keep(self, name: str, answer: Any, plan: Plan) -> None:
         """Keeps an answer; agreeing with what is there anyway leaves its origin, and so its reason, alone."""
@@ -371,76 +340,3 @@ class Wizard:
             self._given.pop(name, None)
         else:
             self._given[name] = answer
-
-    def _reason(self, name: str) -> str:
-        found = [r for r in self.recommendations if r.field == name]
-        if not found:
-            return ""
-        return strings.RECOMMENDED.format(value=show_value(found[0].value), reason=found[0].reason)
-
-    def _choose(self, name: str, question: str, words: Mapping[str, str], plan: Plan, back: bool) -> str:
-        if reason := self._reason(name):
-            self.asker.tell(reason)
-        recommended = next((str(r.value) for r in self.recommendations if r.field == name), None)
-        options: list[Option] = [(v, t + (f" {strings.MARKED}" if v == recommended else "")) for v, t in words.items()]
-        return self.asker.choose(question, options, str(getattr(plan, name)), back)
-
-    def _ask_model(self, plan: Plan, back: bool) -> str:
-        machine = self._seen or self.machine(plan)
-        sizes, about = model_options(machine)
-        self.asker.tell(about)
-        options = [*sizes, (_CUSTOM, strings.MODEL_CUSTOM)]
-        default = plan.model if plan.model in CATALOGUE else _CUSTOM
-        while True:
-            answer = self.asker.choose(strings.ASK_MODEL, options, default, back)
-            if answer != _CUSTOM:
-                return answer
-            before = "" if plan.model in CATALOGUE else plan.model
-            typed = self.asker.text(strings.ASK_MODEL_CUSTOM, before, _check_model, back=True, paths="folders")
-            if typed != BACK:
-                return typed
-            default = _CUSTOM
-
-    def _ask_data(self, plan: Plan, back: bool) -> str:
-        default = os.fspath(plan.data) if plan.data else ""
-        typed = self.asker.text(strings.ASK_DATA, default, check_data, back=back, paths="files")
-        return typed if typed == BACK else os.path.abspath(Path(typed).expanduser())
-
-    def _ask_gguf(self, plan: Plan, back: bool) -> Any:
-        options: list[Option] = [(v, f"{v}: {t}") for v, t in strings.GGUFS.items()]
-        # what a flag asked for stays on offer
-        options += [(v, v) for v in plan.gguf if v not in strings.GGUFS]
-        picked = self.asker.choose_many(strings.ASK_GGUF, options, plan.gguf, back)
-        return BACK if picked == [BACK] else picked
-
-    def _ask_name(self, plan: Plan, back: bool) -> Any:
-        def check(typed: str) -> str | None:
-            try:
-                check_name_free(plan.model_copy(update={"name": typed or None}))
-            except UsageError as error:
-                return str(error)
-            return None
-
-        typed = self.asker.text(strings.ASK_NAME, plan.name or "", check, back)
-        return typed or None
-
-    def _ask_field(self, name: str, plan: Plan, back: bool) -> str:
-        """Asks for any field of the schema, with the field's own help and limits."""
-        questions = {"num_epochs": strings.ASK_EPOCHS, "eval_split": strings.ASK_EVAL}
-        about = " ".join((Plan.model_fields[name].description or "").split())
-        question = questions.get(name, f"{flag_of(name)}: {about}")
-        if reason := self._reason(name):
-            self.asker.tell(reason)
-        words = _literals(name)
-        current = getattr(plan, name)
-        if words is not None:
-            return self.asker.choose(question, [(w, w) for w in words], str(current).lower(), back)
-
-        def check(typed: str) -> str | None:
-            try:
-                resolve({**self.flags, **self._given, name: typed or None}, self.config, self.env, self.saved)
-            except UsageError as error:
-                return str(error)
-            return None
-
-        return self.asker.text(question, _typed(current), check, back)

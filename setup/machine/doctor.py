@@ -184,12 +184,19 @@ def _exports(plan: Plan) -> Check:
     return Check(name="exports", status="ok", seen=f"GGUF {', '.join(plan.gguf) or 'none'}; MTP head {plan.mtp}")
 
 
+TRACKER_PACKAGES = {
+    "wandb": "'wandb>=0.21,<1'", "mlflow": "'mlflow-skinny>=3,<4' 'sqlalchemy>=2,<3' 'alembic>=1.13,<2'",
+    "trackio": "'trackio>=0.4,<1'",
+}
+"""Tracker -> what to install, as the extras of pyproject.toml say it."""
+
+
 def _tracker(plan: Plan) -> Check:
     if plan.tracker == "none" or importlib.util.find_spec(plan.tracker) is not None:
         return Check(name="tracker", status="ok", seen=plan.tracker)
     return Check(
         name="tracker", status="failed", seen=f"{plan.tracker} is not installed in {sys.prefix}",
-        fix=f"{sys.executable} -m pip install {plan.tracker}; or leave out --tracker.", exit_code=ExitCode.PREFLIGHT,
+        fix=f"{sys.executable} -m pip install {TRACKER_PACKAGES[plan.tracker]}; or leave out --tracker.",
     )
 
 
@@ -249,7 +256,8 @@ def run_checks(plan: Plan) -> list[Check]:
         return check
 
     asked: dict[str, Callable[[Plan], Check]] = {
-        "model": model, "data": _data, "exports": _exports, "tracker": _tracker, "disk": lambda plan: _disk(plan, found[0]),
+        "model": model, "data": _data, "exports": _exports, "tracker": _tracker,
+        "disk": lambda plan: _disk(plan, found[0]),
     }
     return [*machine_checks(plan), *(guarded(name, partial(check, plan)) for name, check in asked.items())]
 

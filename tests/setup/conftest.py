@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.ansi import AnsiDecoder
 from rich.console import Console
-from rich.text import Text
 
 _PATIENCE_S = 120.0
 
@@ -81,13 +81,13 @@ class Terminal:
 
     def svg(self, title: str) -> str:
         """Returns the screen as a picture."""
-        seen = self.screen(colours=True).rstrip("\n").splitlines()
+        seen = self.screen(colours=True).rstrip("\n")
         console = Console(
             record=True, file=io.StringIO(), width=self.size[0], height=self.size[1], force_terminal=True,
             color_system="truecolor", legacy_windows=False,
         )
-        for line in seen:
-            console.print(Text.from_ansi(line), no_wrap=True, overflow="crop")
+        for line in AnsiDecoder().decode(seen):  # one decoder: tmux says a style once, also across lines
+            console.print(line, no_wrap=True, overflow="crop")
         return console.export_svg(title=title, unique_id=re.sub(r"[^a-z0-9]", "-", title.lower()))
 
     def close(self) -> None:

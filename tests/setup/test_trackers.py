@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from sparktune.setup import trackers
-from sparktune.setup.machine.doctor import run_checks
+from sparktune.setup.machine.doctor import TRACKER_PACKAGES, run_checks
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
 from sparktune.setup.trackers import Tracking, open_tracking
@@ -83,7 +85,11 @@ def test_a_missing_library_is_found_before_the_run(monkeypatch: pytest.MonkeyPat
     plan = Plan(tracker="trackio", results=tmp_path / "r", output=tmp_path / "o")
     (check,) = [c for c in run_checks(plan) if c.name == "tracker"]
     assert check.status == "failed"
-    assert "pip install trackio" in check.fix
+    assert "pip install 'trackio>=" in check.fix
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for tracker, packages in TRACKER_PACKAGES.items():
+        assert shlex.split(packages) == extras[tracker]
 
 
 SCRIPT = textwrap.dedent("""
@@ -108,11 +114,8 @@ SCRIPT = textwrap.dedent("""
         found = [(m.step, m.value) for m in client.get_metric_history(run, "loss")]
         status = client.get_run(run).info.status
     elif kind == "trackio":
-        from trackio import Api
-        (run,) = list(Api().runs("tests"))
-        found = [(m["step"], m["value"]) for m in run.metrics and run.history("loss")] if hasattr(run, "history") else [
-            (row["step"], row["loss"]) for row in __import__("trackio.sqlite_storage", fromlist=["x"]).SQLiteStorage
-            .get_logs("tests", run.name) if "loss" in row]
+        from trackio.sqlite_storage import SQLiteStorage
+        found = [(row["step"], row["loss"]) for row in SQLiteStorage.get_logs("tests", root.name) if "loss" in row]
         status = "FINISHED"
     else:
         kept = sorted((root / "wandb").glob("offline-run-*/*.wandb"))
@@ -126,8 +129,7 @@ SCRIPT = textwrap.dedent("""
 @pytest.mark.parametrize("kind", ["wandb", "mlflow", "trackio"])
 def test_the_real_library_offline(kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Installs the extra beside the project's own environment, and reads back what the library kept."""
-    wanted = {"wandb": ["wandb>=0.21,<1"], "mlflow": ["mlflow-skinny>=3,<4", "sqlalchemy>=2,<3", "alembic>=1.13,<2"],
-              "trackio": ["trackio>=0.4,<1"]}[kind]
+    wanted = shlex.split(TRACKER_PACKAGES[kind])
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([str(python), "-m", "pip", "install", "-q", *wanted], check=True, capture_output=True)

@@ -25,8 +25,9 @@ from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, Machine, Plan
 from sparktune.setup.preview import Preview, previews, shorten
+from sparktune.setup.questions import check_data
 from sparktune.setup.runstate import RunLock
-from sparktune.setup.wizard import SCREENS, LeftWizard, Wizard, check_data
+from sparktune.setup.wizard import SCREENS, LeftWizard, Wizard
 
 ENTER, DOWN, UP, LEFT, CTRL_C, CTRL_D, CTRL_U, SPACE = (
     "\r", "\x1b[B", "\x1b[A", "\x1b[D", "\x03", "\x04", "\x15", " "
@@ -127,7 +128,7 @@ def test_enter_all_the_way_takes_the_recommendations(
     assert (str(plan.data), plan.mode, plan.num_epochs, plan.mtp, plan.gguf) == (data, "lora", 3.0, "default", ["q8_0"])
     assert plan.name is None
     assert plan.origins["mode"] == "recommendation", "agreeing with a recommendation leaves its reason in place"
-    assert plan.lora_r == 16
+    assert plan.lora_r == next(r.value for r in wizard.recommendations if r.field == "lora_r")
     assert wizard.analysis is not None
 
 
@@ -140,13 +141,13 @@ def test_every_question_can_be_answered_otherwise(
     keys.send_text(DOWN * 2 + ENTER)                # LoRA is marked: full
     keys.send_text(CTRL_U + "2.5" + ENTER)
     keys.send_text(CTRL_U + "0.1" + ENTER)
-    keys.send_text(DOWN * 2 + ENTER if "trained" in strings.MTPS else DOWN + ENTER)  # default is marked: none
-    keys.send_text(DOWN + SPACE + ENTER)            # the second GGUF type too
+    keys.send_text(DOWN + ENTER)                    # default is marked: none
+    keys.send_text(DOWN * list(strings.GGUFS).index("bf16") + SPACE + ENTER)
     keys.send_text("mine" + ENTER)
     keys.send_text(TAKE + RUN)
     plan = wizard.run()
     assert (plan.model, plan.mode, plan.num_epochs, plan.eval_split) == (model, "full", 2.5, 0.1)
-    assert (plan.mtp, plan.gguf, plan.name) == ("skip", ["q8_0", list(strings.GGUFS)[1]], "mine")
+    assert (plan.mtp, plan.gguf, plan.name) == ("skip", ["q8_0", "bf16"], "mine")
     assert plan.learning_rate == 2e-5, "recommendations follow the answers"
 
 
@@ -363,11 +364,12 @@ def test_leaving_from_the_review(make: Callable[..., Wizard], keys: PipeInput, m
 def test_plain_questions_are_numbered(make: Callable[..., Wizard], model: str, data: str) -> None:
     screen = io.StringIO()
     skip = list(strings.MTPS).index("skip") + 1
-    answers = io.StringIO(f"1\n6\n{model}\n{data}\n9\n2\n1\n1\n2\n3\n2\n\n{skip}\n1,2\n\n1\n1\n")
+    q8_0, bf16 = (list(strings.GGUFS).index(kind) + 1 for kind in ("q8_0", "bf16"))
+    answers = io.StringIO(f"1\n6\n{model}\n{data}\n9\n2\n1\n1\n2\n3\n2\n\n{skip}\n{q8_0},{bf16}\n\n1\n1\n")
     wizard = make(asker=PlainAsker(answers, screen))
     plan = wizard.run()
     assert (plan.model, plan.mode, plan.num_epochs, plan.mtp) == (model, "full", 2.0, "skip")
-    assert plan.gguf == list(strings.GGUFS)[:2]
+    assert plan.gguf == ["q8_0", "bf16"]
     assert "  1. Qwen3.5-0.8B" in screen.getvalue()
     assert "\x1b" not in screen.getvalue()
     assert "»2«" in screen.getvalue(), "what is learned stands between marks where there is no colour"
