@@ -81,7 +81,7 @@ def _make_parser() -> _Parser:
                         help=strings.HELP_REBUILD)
     parser.add_argument("--dev-mount", action="store_true", help=strings.HELP_DEV_MOUNT)
     parser.add_argument("--push-to", metavar="OWNER/NAME", help=strings.HELP_PUSH_TO)
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help=strings.HELP_TOKEN_FILE)
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help=strings.HELP_KEY_FILE)
     parser.add_argument("--public", action="store_true", help=strings.HELP_PUBLIC)
     add_plan_flags(parser, "run")
     return parser

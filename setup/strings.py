@@ -72,7 +72,7 @@ exit codes: 0 ok, 1 failure, 2 usage, 3 preflight, 4 data, 5 memory, 75 stopped 
 HELP_COMMAND = "doctor, analyze, plan, resume, runs, evaluate, chat, push or diagnose; the wizard when left out"
 HELP_RUN = "for resume, evaluate, chat and push: the run's name, or its folder in results/"
 HELP_PUSH_TO = "with push: the repository of the merged model; its GGUF files go to OWNER/NAME-GGUF"
-HELP_TOKEN_FILE = "with push: a file with the hub's token; otherwise HF_TOKEN or an earlier `hf auth login`"
+HELP_KEY_FILE = "with push: a file with the hub's token; otherwise HF_TOKEN or an earlier `hf auth login`"
 HELP_PUBLIC = "with push: make new repositories public"
 PUSH_ALONE = "{flags} goes with the command push: ./run.sh push RUN --push-to OWNER/NAME."
 PUSH_WHERE = "`push RUN` needs --push-to OWNER/NAME. Nothing is sent before you have seen what and said yes."
