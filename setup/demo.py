@@ -59,7 +59,7 @@ CORPORA = (
         name="stdlib", about="questions on the standard library, from its docstrings", write=write_stdlib,
         settings={"mode": "lora", "learning_rate": 2e-3, "max_steps": 160, "pack_length": 512,
                   "gradient_accumulation": 1, "eval_steps": 80, "save_steps": 80, "sample_steps": 80,
-                  "sample_prompts": ["What does `os.path.join` do?"], "gguf": ["bf16"]},
+                  "eval_prompts": 3, "sample_prompts": ["What does `os.path.join` do?"], "gguf": ["bf16"]},
         expected={},
     ),
 )
