@@ -52,6 +52,7 @@ CORPORA = (
         name="smoke", about="fifty sums, to be known by heart", write=write_smoke,
         settings={"mode": "lora", "learning_rate": 4e-3, "num_epochs": 30.0, "pack_length": 640, "eval_split": 0.0,
                   "save_steps": 90, "sample_steps": 45, "gguf": ["q8_0"],
+                  "mtp": "trained", "mtp_epochs": 6.0, "mtp_learning_rate": 1e-3,
                   "sample_prompts": ["What is 5 + 5?", "What is 17 + 17?"]},
         expected={"What is 5 + 5?": "5 + 5 = 10.", "What is 17 + 17?": "17 + 17 = 34."},
     ),
