@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from sparktune.setup.pipeline import (
 from sparktune.setup.plan.config import load_plan, read_config, resolve
 from sparktune.setup.plan.errors import ExitCode, SparktuneError, UsageError
 from sparktune.setup.plan.memory import check_fits
+from sparktune.setup.plan.models import CATALOGUE, probe
 from sparktune.setup.plan.rundir import RunDir, cache_dir
 from sparktune.setup.plan.schema import Plan
 from sparktune.setup.plan.trainable import check_trainable
@@ -86,11 +88,14 @@ def _why_not_ask(arguments: Arguments) -> str | None:
     return strings.WHY_CI if os.environ.get("CI") else None
 
 
-def _require(plan: Plan, why: str) -> None:
-    """Names all required answers that are missing. The data is the only one without a default."""
-    missing = [f"{flag} ({help_text})" for flag, help_text, value in (
-        ("--data", strings.HELP_DATA_MISSING, plan.data),
-    ) if value is None]
+def _require(plan: Plan, why: str, confirmed: bool = True) -> None:
+    """Names all required answers that are missing: the data, and a word on a model of unknown architecture."""
+    missing = [f"--data ({strings.HELP_DATA_MISSING})"] if plan.data is None else []
+    if not confirmed and plan.model not in CATALOGUE:
+        with suppress(SparktuneError):  # what else is wrong with the model, the preflight says better
+            spec = probe(plan.model)
+            if not spec.native:
+                missing.append(f"--yes ({strings.HELP_CONFIRM.format(kind=spec.model_type)})")
     if missing:
         raise UsageError(strings.NO_TERMINAL.format(why=why, missing=", ".join(missing)))
 
@@ -315,7 +320,7 @@ def _run(session: _Session) -> int:
             return ExitCode.INTERRUPTED
         plan, analysis = answered
     else:
-        _require(plan, why or "--yes")
+        _require(plan, why or "--yes", confirmed=arguments.yes or arguments.dry_run)
     if arguments.dry_run:
         return _plan_of(session, plan, analysis)
     return run_pipeline(

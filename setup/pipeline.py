@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,10 @@ from sparktune.setup.build_progress import BuildDisplay
 from sparktune.setup.cards import next_steps, plan_table, report_tables, result_table
 from sparktune.setup.estimate import eta_table, read_calibration, remember, run_eta, wants_calibration
 from sparktune.setup.machine.backends import Backend, StopSignals, choose_backend
+from sparktune.setup.machine.check import Check, failures
 from sparktune.setup.machine.detect import detect_machine
 from sparktune.setup.machine.docker_backend import DockerBackend, ImageOptions
-from sparktune.setup.machine.doctor import failures, run_checks
+from sparktune.setup.machine.doctor import machine_checks, run_checks
 from sparktune.setup.plan.config import load_plan, save_plan
 from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
 from sparktune.setup.plan.memory import check_fits
@@ -88,17 +89,17 @@ def _make_ready(backend: Backend, display: Display, stop: StopSignals) -> None:
             backend.prepare(shown.event, stop)
 
 
-def preflight(plan: Plan, display: Display) -> None:
-    """Runs the doctor's checks on `plan`.
+def preflight(plan: Plan, display: Display, checks: Callable[[Plan], list[Check]] = run_checks) -> None:
+    """Runs the doctor's checks on `plan`; a run that goes on needs those of the machine alone.
 
     Raises:
         StageFailed: a check failed; every failed one has been shown.
     """
-    checks = run_checks(plan)
-    for check in checks:
+    found = checks(plan)
+    for check in found:
         if check.status == "warning":
             display.say(strings.check_line(check.name, check.seen, check.fix), "warning")
-    failed = failures(checks)
+    failed = failures(found)
     for check in failed:
         display.say(strings.check_line(check.name, check.seen, check.fix), "error")
     if failed:
@@ -298,6 +299,7 @@ def resume_pipeline(
         if backend is not None:
             plan = plan.model_copy(update={"backend": backend})
         run = RunDir.from_root(root, plan.output)
+        preflight(plan, display, machine_checks)
         with RunLock(run) as lock, stop_signals(display) as stop:
             if changes:
                 plan = Plan.model_validate({**plan.model_dump(), **changes})

@@ -83,6 +83,7 @@ HELP_DRY_RUN = "stop after the plan is complete (same as the command plan)"
 HELP_JSON = "the result as JSON on standard output"
 HELP_PLAIN = "no bars and no colours: numbered questions, one progress line every few seconds"
 HELP_DATA_MISSING = "a JSONL file to train on"
+HELP_CONFIRM = "to confirm the model: the native engine does not know {kind!r}, Unsloth would train it"
 HELP_YES = "do not ask for confirmation before the run starts"
 HELP_REBUILD = (
     "build the Docker image although nothing changed; --rebuild=clean removes it first and reuses no layer"
@@ -192,7 +193,10 @@ MTPS = {
     "skip": "n: none",
 }
 ASK_GGUF = "Which GGUF files?"
-GGUFS = {"q8_0": "8 bits, next to no loss", "bf16": "16 bits, exact"}
+GGUFS = {
+    "q8_0": "8 bits, next to no loss", "bf16": "16 bits, exact",
+    "q4_k_m": "4 bits, a quarter of bf16 (its quantiser is compiled here once)",
+}
 ASK_NAME = "Name of the run (empty: method and time):"
 ASK_REVIEW = "Everything right? Choose a line to change it."
 REVIEW_BLOCKED = "This cannot run yet (see above). Choose a line to change it."

@@ -51,6 +51,8 @@ def call(place: Path, *arguments: str, env: dict[str, str] | None = None) -> sub
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     ([], 2, ["--data", "not a terminal"]),
     (["--non-interactive"], 2, ["--data", "--non-interactive"]),
+    (["--non-interactive", "--model", "alien"], 2, ["--data", "--yes", "alien"]),
+    (["--non-interactive", "--model", "alien", "--data", "d.jsonl"], 2, ["--yes", "alien"]),
     (["analyze"], 2, ["--data"]),
     (["plan", "--json"], 2, ["--data"]),
     (["--lora-rank", "3"], 2, ["--lora-rank", "--lora-r"]),

@@ -193,3 +193,66 @@ def test_without_a_terminal_nothing_is_asked(terminal: Opener, place: Path, redi
     told = shown.screen() + ((place / "err.txt").read_text() if (place / "err.txt").exists() else "")
     assert "--data" in told
     assert "Traceback" not in told
+
+
+LIVE = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import test_progress as t
+from rich.console import Console
+from sparktune.setup.progress import LiveDisplay
+display = LiveDisplay(Console(stderr=True))
+display.budget_gib = 110.0
+display.begin("train", 2, 7)
+display._gauges.close()
+t.training(60, [0.0], display)
+for _ in range(20):
+    display._gauges.latest = t.GAUGES
+    time.sleep(float(sys.argv[2]))
+display.end("train", 120.0, 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(80, 24), (200, 60)])
+def test_the_live_view(terminal: Opener, place: Path, size: tuple[int, int]) -> None:
+    argv = [sys.executable, "-P", "-c", LIVE, str(Path(__file__).parent), "0.5"]
+    shown = terminal(argv=argv, folder=place, size=size)
+    screen = shown.wait("save and stop")
+    fits(screen, size[0])
+    for words in ("60/100 steps", "18.20 of 110.0 GiB", "61 °C", "step 60"):
+        assert words in screen
+    picture(shown, f"live-{size[0]}x{size[1]}", "./run.sh: training")
+    shown.wait("exit=0")
+    assert "[2/7] Train: done" in shown.screen(history=True)
+
+
+@pytest.mark.slow
+def test_from_the_first_question_to_the_result(terminal: Opener, place: Path) -> None:
+    """A real run of a tiny model, started by pressing Enter; then doctor, runs and the comparison of two."""
+    words = ["--model", "tiny", "--data", "d.jsonl", "--max-steps", "4", "--mtp", "skip", "--gguf", "none",
+             "--calibrate", "no", "--backend", "local"]
+    shown = terminal(*words, "--name", "one", folder=place, size=(120, 40))
+    for question in ("Ready?", "shall be learned", "Lengths right?", "Take this plan?", "Everything right?"):
+        shown.wait(question)
+        shown.press("Enter")
+    shown.wait("exit=0")
+    told = shown.screen(history=True)
+    assert "Result of one" in told
+    assert "chat one" in told, "what to do next"
+    assert told.count("The same run again:") >= 3, "on the review screen, before the start, and at the end"
+    picture(shown, "result-120x40", "./run.sh: result")
+    second = terminal("--non-interactive", *words, "--name", "two", "--lora-r", "8", "--seed", "1", folder=place)
+    second.wait("exit=0")
+    runs = terminal("runs", "one", "two", folder=place, size=(120, 40))
+    screen = runs.wait("exit=0")
+    assert "--lora-r" in screen
+    assert "tokens a second" in screen
+    picture(runs, "runs-120x40", "./run.sh runs one two")
+    doctor = terminal("doctor", "--model", "tiny", "--data", "d.jsonl", folder=place, size=(120, 40))
+    doctor.wait("exit=0")
+    picture(doctor, "doctor-120x40", "./run.sh doctor")
+    (place / "log.txt").write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
+    found = terminal("diagnose", "log.txt", folder=place, size=(120, 40))
+    assert "--max-seq-length" in found.wait("exit=0")
+    picture(found, "diagnose-120x40", "./run.sh diagnose log.txt")
