@@ -255,7 +255,8 @@ def _main(args: argparse.Namespace, stop: StopRequest, say: Callable[[str], None
     if not head:
         raise UsageError(f"{source} holds no mtp.* tensors. Take a head from the published base first: python -m "
                          "sparktune.mtp.extract_upstream_mtp --model HUB-ID --out FILE, then give --head FILE.")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     if args.device == "cuda" and device.type != "cuda":
         raise UsageError("--device cuda needs a CUDA GPU; torch sees none. Use --device cpu.")
     plan = Plan(model=str(model_dir), data=args.data, eval_split=0.0, max_seq_length=args.max_seq_length)
