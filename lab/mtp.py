@@ -42,7 +42,7 @@ from sparktune.training.tower import TextTower
 
 __all__ = ["main", "random_head"]
 
-LOSS_LIMIT, GRADIENT_LIMIT = 5e-3, 0.05
+LOSS_LIMIT, GRADIENT_LIMIT = 5e-3, 0.02
 
 
 def random_head(tower: TextTower, seed: int = 0) -> MtpHead:
@@ -77,28 +77,40 @@ def rows_of(tower: TextTower, pack: int, supervised: float, count: int) -> list[
     return [packs.micro_batch(0, i) for i in range(min(count, len(packs)))]
 
 
+def _loss_and_gradients(
+    tower: TextTower, batch: list[MicroBatch], kind: LossKind, lm_head_opt: bool
+) -> tuple[float, dict[str, torch.Tensor]]:
+    trainer = HeadTrainer(tower, random_head(tower), Recipe(loss=kind, lm_head_opt=lm_head_opt))
+    loss = float(trainer.forward_backward(batch))
+    return loss, {n: g.float() for n, g in trainer.named_gradients() if g is not None}
+
+
 def check(folder: Path, tower: TextTower, kind: LossKind) -> str:
-    """Returns what is wrong with the fused step, empty when nothing is."""
-    spec = probe(str(folder))
-    true_tower = build_model(spec, reference_ops(), torch.float32, tower.device)
-    load_weights(true_tower, folder, spec)
-    batch = rows_of(tower, 1024, 0.5, 1)
-    found = []
-    for model in (tower, true_tower):
-        # float32 takes neither our kernels nor our blocks: plain autograd over all logits
-        trainer = HeadTrainer(model, random_head(model), Recipe(loss=kind, lm_head_opt=model is tower))
-        loss = float(trainer.forward_backward(batch))
-        gradients = {n: g.float() for n, g in trainer.named_gradients() if g is not None}
-        found.append((loss, gradients))
-    (loss, mine), (true_loss, true) = found
+    """Returns what is wrong with the fused step, empty when nothing is.
+
+    Ours may be as far from float32 as 1.5 times the references in our type are, or within a floor of its noise. The
+    others take neither our kernels nor our blocks of logits.
+    """
+    spec, batch = probe(str(folder)), rows_of(tower, 1024, 0.5, 1)
+    loss, mine = _loss_and_gradients(tower, batch, kind, True)
+    others = []
+    for dtype in (tower.dtype, torch.float32):
+        plain = build_model(spec, reference_ops(), dtype, tower.device)
+        load_weights(plain, folder, spec)
+        others.append(_loss_and_gradients(plain, batch, kind, False))
+        del plain
+    (peer_loss, peer), (true_loss, true) = others
     # `not <=` rather than `>`, so that NaN is wrong
-    if not abs(loss - true_loss) <= LOSS_LIMIT * max(abs(true_loss), 1.0):
-        return f"{kind}: the loss is {loss:.6f}, float32 says {true_loss:.6f}"
+    if not abs(loss - true_loss) <= max(1.5 * abs(peer_loss - true_loss), LOSS_LIMIT * max(abs(true_loss), 1.0)):
+        return f"{kind}: the loss is {loss:.6f}; float32 says {true_loss:.6f}, plain bf16 {peer_loss:.6f}"
+    worst = 0.0
     for name, want in true.items():
-        error = float((mine[name] - want).norm() / want.norm())
-        if not error <= GRADIENT_LIMIT:
-            return f"{kind}: the gradient of {name} is {error:.1%} away from float32's"
-    print(f"check {kind}: loss {loss:.6f}, float32 {true_loss:.6f}; every gradient within {GRADIENT_LIMIT:.0%}")
+        error, peer_error = (float((g[name] - want).norm() / want.norm()) for g in (mine, peer))
+        worst = max(worst, error)
+        if not error <= max(1.5 * peer_error, GRADIENT_LIMIT):
+            return f"{kind}: the gradient of {name} is {error:.1%} away from float32's, plain bf16's {peer_error:.1%}"
+    print(f"check {kind}: loss {loss:.6f}, float32 {true_loss:.6f}; gradients at most {worst:.2%} from float32's",
+          flush=True)
     return ""
 
 
