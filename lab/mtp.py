@@ -85,21 +85,24 @@ def _loss_and_gradients(
     return loss, {n: g.float() for n, g in trainer.named_gradients() if g is not None}
 
 
-def check(folder: Path, tower: TextTower, kind: LossKind) -> str:
+def plain_towers(folder: Path, tower: TextTower) -> list[TextTower]:
+    """Returns the same model on the references, in the bench's type and in float32."""
+    spec, made = probe(str(folder)), []
+    for dtype in (tower.dtype, torch.float32):
+        made.append(build_model(spec, reference_ops(), dtype, tower.device))
+        load_weights(made[-1], folder, spec)
+    return made
+
+
+def check(tower: TextTower, plain: list[TextTower], kind: LossKind) -> str:
     """Returns what is wrong with the fused step, empty when nothing is.
 
     Ours may be as far from float32 as 1.5 times the references in our type are, or within a floor of its noise. The
     others take neither our kernels nor our blocks of logits.
     """
-    spec, batch = probe(str(folder)), rows_of(tower, 1024, 0.5, 1)
+    batch = rows_of(tower, 1024, 0.5, 1)
     loss, mine = _loss_and_gradients(tower, batch, kind, True)
-    others = []
-    for dtype in (tower.dtype, torch.float32):
-        plain = build_model(spec, reference_ops(), dtype, tower.device)
-        load_weights(plain, folder, spec)
-        others.append(_loss_and_gradients(plain, batch, kind, False))
-        del plain
-    (peer_loss, peer), (true_loss, true) = others
+    (peer_loss, peer), (true_loss, true) = (_loss_and_gradients(t, batch, kind, False) for t in plain)
     # `not <=` rather than `>`, so that NaN is wrong
     if not abs(loss - true_loss) <= max(1.5 * abs(peer_loss - true_loss), LOSS_LIMIT * max(abs(true_loss), 1.0)):
         return f"{kind}: the loss is {loss:.6f}; float32 says {true_loss:.6f}, plain bf16 {peer_loss:.6f}"
@@ -248,11 +251,13 @@ def main(argv: list[str] | None = None) -> int:
         return 3
     folder = make_model(args.model or Path(tempfile.gettempdir()) / f"sparktune-{args.size}", args.size)
     tower = load_tower(folder, torch.device("cuda", 0))
+    plain = plain_towers(folder, tower)
     for kind in get_args(LossKind):
-        wrong = check(folder, tower, kind)
+        wrong = check(tower, plain, kind)
         if wrong:
             print(f"RED: {wrong}. Nothing was timed.", file=sys.stderr)
             return 1
+    del plain
     torch.cuda.empty_cache()
     base = Recipe()
     for share, recipe in ((0.3, base), (1.0, base), (0.3, replace(base, loss="lk")), (0.3, replace(base, loss="hard"))):
