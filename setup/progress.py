@@ -198,7 +198,8 @@ class LiveDisplay(_Common):
         line = Table.grid(padding=(0, 1))
         bar = ProgressBar(
             total=status.total, completed=status.done, width=min(40, max(self.console.width - 44, 10)),
-            pulse=status.total is None, animation_time=elapsed,
+            pulse=status.total is None, animation_time=elapsed, complete_style="cyan", finished_style="green",
+            pulse_style="cyan",
         )
         left = status.remaining_s()
         words = amount(status.done, status.total, status.unit) if status.unit else ""

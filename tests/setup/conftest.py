@@ -19,6 +19,7 @@ from rich.ansi import AnsiDecoder
 from rich.console import Console
 
 _PATIENCE_S = 120.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Terminal:
@@ -82,6 +83,8 @@ class Terminal:
     def svg(self, title: str) -> str:
         """Returns the screen as a picture."""
         seen = self.screen(colours=True).rstrip("\n")
+        # a picture shows nobody's folders
+        seen = seen.replace(f"{ROOT}/run.sh", "./run.sh").replace(str(self._folder), "~/chat")
         console = Console(
             record=True, file=io.StringIO(), width=self.size[0], height=self.size[1], force_terminal=True,
             color_system="truecolor", legacy_windows=False,

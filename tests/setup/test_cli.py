@@ -80,7 +80,6 @@ def call(place: Path, *arguments: str, env: dict[str, str] | None = None) -> sub
     (["analyze", "--data", "d.jsonl", "--model", "nobody/nothing"], 3, ["nobody/nothing", "cache"]),
     (["analyze", "--data", "d.jsonl", "--model", "tiny", "--results", "d.jsonl/r"], 3, ["--results"]),
     (["analyze", "--data", "d.jsonl", "--model", "tiny", "--backend", "docker"], 3, ["docker", "--backend local"]),
-    (["plan", "--data", "d.jsonl", "--model", "tiny", "--gguf", "q8_0,q4_k_m"], 2, ["q4_k_m", "quantiser", "bf16"]),
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--gguf", "q9"], 2, ["q9", "q8_0"]),
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--results", "x", "--output", "./x"], 2, ["--results", "two"]),
     (["plan", "--data", "d.jsonl", "--model", "tiny", "--target-modules", "q_prj"], 2, ["q_prj", "in_proj_z"]),
