@@ -32,7 +32,7 @@ CONTEXT = 128
 CHUNKS = 8
 _NEW_TOKENS = 24
 _DRAFT_TOKENS = 2
-_MTP_PROMPTS = 4
+_ASKED_AGAIN = 12
 _KLD = re.compile(r"Mean\s+KLD:\s+(-?[0-9.]+|-?nan)\s+±\s+(-?[0-9.]+|-?nan)")
 _TOP = re.compile(r"Same top p:\s+([0-9.]+)")
 _PPL = re.compile(r"Mean PPL\(Q\)\s+:\s+([0-9.]+|nan)")
@@ -40,7 +40,7 @@ _PPL = re.compile(r"Mean PPL\(Q\)\s+:\s+([0-9.]+|nan)")
 TEXTS = (
     "The invoice of 17 March says 1,234.50 euros; pay it before 31.12.2026, please.",
     "def area(r: float) -> float:\n\treturn 3.14159 * r ** 2  # πr²\n\n\nprint(f\"{area(2):.2f}\")\n",
-    "Äpfel, crème brûlée, x\u0302 and n\u0308\u0323, naïve façade; Straße und ΣΙΓΜΑ.",
+    "Äpfel, crème brûlée, x\u0302, naïve façade; Straße und ΣΙΓΜΑ.",
     "今日は良い天気です。明日は雨が降るでしょう。 한국어도 시험합니다. שלום! مرحبا بالعالم",
     "हिन्दी में एक वाक्य, with क्षि and a ZWJ emoji: 👩‍🔬🚀 and a flag 🇳🇴.",
     "<|im_start|>user\nWhat is 5 + 5?<|im_end|>\n<|im_start|>assistant\n",
@@ -135,13 +135,22 @@ def make_reference(
 
 
 def _divergence(tools: Tools, file: Path, reference: Reference, scratch: Path, events: EventWriter) -> dict[str, Any]:
-    """Returns llama-perplexity's statistics of a file against the merged model."""
-    done = run_child([
+    """Returns llama-perplexity's statistics of a file against the merged model.
+
+    Its logger is a thread that nobody joins at exit (llama.cpp issue 22142), so a small model's last lines are
+    sometimes lost although all went well: then it is asked again.
+    """
+    command = [
         tools.program("llama-perplexity"), "-m", str(file.resolve()), "--kl-divergence", "--kl-divergence-base",
         str(reference.base_file), "-c", str(CONTEXT), "-b", str(CONTEXT), "-ub", str(CONTEXT), "-t",
         str(llama_threads()),
-    ], child_environment(scratch, scratch), scratch, lambda: events.progress(f"{file.name}: KL", 0, None, "tokens"))
-    mean, top, ppl = _KLD.search(done.output), _TOP.search(done.output), _PPL.search(done.output)
+    ]
+    for _ in range(_ASKED_AGAIN):
+        done = run_child(command, child_environment(scratch, scratch), scratch,
+                         lambda: events.progress(f"{file.name}: KL", 0, None, "tokens"))
+        mean, top, ppl = _KLD.search(done.output), _TOP.search(done.output), _PPL.search(done.output)
+        if done.code or top is not None:
+            break
     if done.code or mean is None or top is None or ppl is None:
         print(done.output, flush=True)
         lines = [line.strip() for line in done.output.splitlines() if "rror" in line or "failed" in line]
@@ -187,8 +196,9 @@ def _answers(
                 wrong.append(f"token {place} of {text[:24]!r} is {seen[place:place + 1]} in llama.cpp, "
                              f"{want[place:place + 1]} in transformers")
         plain = [server.complete(prompt, _NEW_TOKENS) for prompt in probe.prompts]
-    if not plain[0].text:
-        wrong.append(f"the question {probe.questions[0]!r} got no answer")
+    if reference.answers[0] and not plain[0].text:
+        wrong.append(f"the question {probe.questions[0]!r} got no answer; the merged model says "
+                     f"{reference.answers[0][:60]!r}")
     facts: dict[str, Any] = {
         "same_token_ids": len(TEXTS) - sum(w.startswith("token ") for w in wrong), "texts": len(TEXTS),
         "smoke": {"question": probe.questions[0], "answer": plain[0].text, "merged_answers": reference.answers[0]},
