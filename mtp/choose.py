@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +17,15 @@ from sparktune.mtp.head import load_head
 from sparktune.mtp.tensors import Place, mtp_shapes
 from sparktune.mtp.train_mtp import HeadRun, head_of, load_tower, train_head
 from sparktune.setup.data.cache import TokenDataset
+from sparktune.setup.data.tokenizer import ChatTokenizer
 from sparktune.setup.plan.errors import UsageError
 from sparktune.setup.plan.events import EventWriter
 from sparktune.setup.plan.outfolder import write_durably
 from sparktune.setup.plan.schema import ModelSpec
+from sparktune.training.samples import stop_ids
 from sparktune.training.stop import StopRequest
 
-__all__ = ["Outcome", "draft_cost", "split_for_heads", "train_and_choose"]
+__all__ = ["Outcome", "draft_cost", "split_for_heads", "stopping", "train_and_choose"]
 
 _PROMPTS = {"cuda": 48, "cpu": 24}
 _TOKENS = {"cuda": 192, "cpu": 40}
@@ -39,6 +43,20 @@ class Outcome:
     """The chosen head's tensors."""
     reason: str
     """Both heads' figures in a sentence."""
+
+
+@contextmanager
+def stopping() -> Iterator[StopRequest]:
+    """Takes SIGINT and SIGTERM while a head trains: the first one leaves a checkpoint. Main thread only."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop = StopRequest()
+    stop.install()
+    stop.looping = True
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def draft_cost(spec: ModelSpec) -> float:
@@ -102,7 +120,7 @@ def _line(name: str, figures: dict[str, Any], cost: float) -> str:
 
 
 def train_and_choose(
-    run: HeadRun, train: TokenDataset, held_out: TokenDataset | None, stop_ids: Sequence[int], device: torch.device,
+    run: HeadRun, train: TokenDataset, held_out: TokenDataset | None, tokenizer: ChatTokenizer, device: torch.device,
     events: EventWriter, stop: StopRequest | None = None,
 ) -> Outcome:
     """Trains, measures, chooses; writes `acceptance.json` into `run.work`.
@@ -111,7 +129,7 @@ def train_and_choose(
         run: the training; `run.head` is the head it is measured against.
         train: the model's training examples.
         held_out: its held-out ones, if any.
-        stop_ids: tokens that end an answer.
+        tokenizer: the model's; says what ends an answer.
         device: where it runs.
         events: progress and messages.
         stop: see `train_head`.
@@ -127,7 +145,7 @@ def train_and_choose(
     train_head(run, learn, tower, events, stop)
     trained = head_of(run.out)
     heads = {"default": load_head(tower, run.head, run.source), "trained": load_head(tower, trained, str(run.out))}
-    said = answers_of(tower, prompts, _TOKENS[device.type], stop_ids,
+    said = answers_of(tower, prompts, _TOKENS[device.type], stop_ids(tokenizer, train),
                       lambda done: events.progress("drafts measured", done, len(prompts), "prompts"))
     walks: dict[str, list[Any]] = {name: [] for name in heads}
     differing = 0

@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparktune.mtp.extract_upstream_mtp import extract, find_head, text_config
 from sparktune.mtp.inject_mtp import inject, read_record
@@ -25,9 +23,6 @@ from sparktune.setup.plan.models import CATALOGUE, probe, resolve_model_dir
 from sparktune.setup.plan.outfolder import gib
 from sparktune.setup.plan.schema import ModelSpec
 from sparktune.setup.plan.weights import safetensors_header
-
-if TYPE_CHECKING:
-    from sparktune.training.stop import StopRequest
 
 __all__ = ["attach"]
 
@@ -98,31 +93,14 @@ def _refuse_quantised(folder: Path) -> None:
                          "the unquantised base, or --mtp default.")
 
 
-@contextmanager
-def _stopping() -> Iterator[StopRequest]:
-    """Takes SIGINT and SIGTERM while the head trains: the first one leaves a checkpoint."""
-    from sparktune.training.stop import StopRequest
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    stop = StopRequest()
-    stop.install()
-    stop.looping = True
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _train(stage: Stage, head: Mapping[str, Place], source: str) -> tuple[str, Mapping[str, Place], str]:
     """Trains and measures. Returns (trained or default, the head to ship, why)."""
     import torch
 
-    from sparktune.mtp.choose import train_and_choose
+    from sparktune.mtp.choose import stopping, train_and_choose
     from sparktune.mtp.train_mtp import HeadRun
     from sparktune.setup.data.tokenise import prepare
     from sparktune.setup.data.tokenizer import load_tokenizer
-    from sparktune.training.samples import stop_ids
 
     plan, run, events = stage.plan, stage.run, stage.events
     if plan.data is None:
@@ -135,8 +113,8 @@ def _train(stage: Stage, head: Mapping[str, Place], source: str) -> tuple[str, M
         num_epochs=plan.mtp_epochs, learning_rate=plan.mtp_learning_rate, seed=plan.seed,
     )
     cuda = plan.device != "cpu" and torch.cuda.is_available()
-    with _stopping() as stop:
-        found = train_and_choose(job, data.train, data.evaluation, stop_ids(tokenizer, data.train),
+    with stopping() as stop:
+        found = train_and_choose(job, data.train, data.evaluation, tokenizer,
                                  torch.device("cuda", 0) if cuda else torch.device("cpu"), events, stop)
     return found.chosen, found.head, found.reason
 
