@@ -34,7 +34,7 @@ class Terminal:
 
     def __init__(self, folder: Path, argv: list[str], size: tuple[int, int], env: dict[str, str | None]) -> None:
         self._socket = f"sparktune-{uuid.uuid4().hex[:12]}"
-        self.size = size
+        self.size, self._folder = size, folder
         clean = {k: v for k, v in os.environ.items() if not k.startswith("SPARKTUNE_") and k not in ("CI", "TMUX")}
         merged = {**clean, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", **env}
         self._env = {k: v for k, v in merged.items() if v is not None}

@@ -196,7 +196,7 @@ def test_without_a_terminal_nothing_is_asked(terminal: Opener, place: Path, redi
     """Standard input closed, standard input elsewhere, standard error elsewhere: exit 2, and what is missing."""
     shown = terminal(argv=["sh", "-c", " ".join([*PROGRAM, redirect])], folder=place)
     shown.wait("exit=2")
-    told = shown.screen() + ((place / "err.txt").read_text() if (place / "err.txt").exists() else "")
+    told = shown.screen(history=True) + ((place / "err.txt").read_text() if (place / "err.txt").exists() else "")
     assert "--data" in told
     assert "Traceback" not in told
 
@@ -242,14 +242,14 @@ def test_from_the_first_question_to_the_result(terminal: Opener, place: Path) ->
     for question in ("Ready?", "shall be learned", "Lengths right?", "Take this plan?", "Everything right?"):
         shown.wait(question)
         shown.press("Enter")
-    shown.wait("exit=0")
+    shown.wait("exit=0", patience_s=400)
     told = shown.screen(history=True)
     assert "Result of one" in told
     assert "chat one" in told, "what to do next"
     assert told.count("The same run again:") >= 3, "on the review screen, before the start, and at the end"
     picture(shown, "result-120x40", "./run.sh: result")
     second = terminal("--non-interactive", *words, "--name", "two", "--lora-r", "8", "--seed", "1", folder=place)
-    second.wait("exit=0")
+    second.wait("exit=0", patience_s=400)
     runs = terminal("runs", "one", "two", folder=place, size=(120, 40))
     screen = runs.wait("exit=0")
     assert "--lora-r" in screen
