@@ -101,7 +101,9 @@ def reads_hub(stage: str, plan: Plan) -> bool:
 
 
 def needs_network(stage: str, plan: Plan) -> bool:
-    """Returns whether a stage may download: a model that is a hub id, or the GGUF converter's first use."""
+    """Returns whether a stage may download: a model or MTP head that is a hub id, or the GGUF converter's first use."""
+    if stage == "mtp" and plan.mtp_head and not Path(plan.mtp_head).expanduser().exists():
+        return True
     if stage == "gguf":
         folder = cache_dir("llama.cpp")
         return not (folder.is_dir() and any(p.is_dir() and not p.name.startswith(".") for p in folder.iterdir()))
@@ -113,7 +115,8 @@ def mounts_of(run: RunDir, plan: Plan) -> dict[str, str]:
     written = (run.root, Path(plan.output).absolute(), _hub_cache(), _state_folder(), cache_dir("tokens"),
                cache_dir("cleaned"), cache_dir("llama.cpp"))
     found = {str(path): "rw" for path in written}
-    for path in (plan.data, plan.eval_data, Path(plan.model).expanduser(), Path(_source_of(plan))):
+    head = Path(plan.mtp_head).expanduser() if plan.mtp_head else None
+    for path in (plan.data, plan.eval_data, head, Path(plan.model).expanduser(), Path(_source_of(plan))):
         if path is not None and path.exists():
             real = path.absolute()
             folder = real if real.is_dir() else real.parent
