@@ -31,11 +31,11 @@ from sparktune.setup.export.proof import Probe, Reference, make_reference, prove
 from sparktune.setup.export.quantise import importance_matrix, predict, quantise
 from sparktune.setup.plan.errors import PreflightError, SparktuneError
 from sparktune.setup.plan.events import EventWriter
-from sparktune.setup.plan.exports import check_gguf_types, needs_quantiser, written_types
+from sparktune.setup.plan.exports import check_gguf_types, needs_quantiser
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.outfolder import build_folder, gib, write_durably
 from sparktune.setup.plan.schema import ModelSpec
-from sparktune.setup.plan.weights import safetensors_index
+from sparktune.setup.plan.weights import safetensors_header, safetensors_index
 
 __all__ = ["MANIFEST", "export_gguf", "gguf_name", "read_manifest"]
 
@@ -122,6 +122,10 @@ class _Export:
             "asked for with --mtp skip" if there else "no mtp.* tensors, or no declaration of them in config.json")
         self.demo = (model_dir / MARKER).is_file()
         self.pictures = any("visual." in n for n in safetensors_index(model_dir))
+        # what the quantiser reads must hold the checkpoint's values exactly
+        headers = [safetensors_header(f) for f in set(safetensors_index(model_dir).values())]
+        matrices = {e.dtype for h in headers for e in h.values() if len(e.shape) > 1}
+        self.exact = "bf16" if matrices <= {"BF16"} else "f32"
         self._matrix: Path | None = None
 
     @property
@@ -130,7 +134,9 @@ class _Export:
 
     def sizes(self, types: Sequence[str]) -> dict[str, int]:
         """Returns type -> predicted bytes of all that lies on the disk at once, the intermediate included."""
-        return {kind: needed_bytes(self.model_dir, kind, with_mtp=self.with_mtp) for kind in written_types(types)}
+        between = any(map(needs_quantiser, types)) and not {self.exact, "f32"} & {*types}
+        kinds = [*types, *([self.exact] if between else [])]
+        return {kind: needed_bytes(self.model_dir, kind, with_mtp=self.with_mtp) for kind in kinds}
 
     def arguments(self, target: Path, kind: str, name: str, *flags: str) -> list[str]:
         """Returns the converter's command line."""
@@ -193,7 +199,7 @@ def _make_files(
 ) -> list[dict[str, Any]]:
     """Fills the folder, files of the converter's types first, and returns their entries in the order asked for."""
     made: dict[str, dict[str, Any]] = {}
-    exact = next((k for k in ("f32", "bf16") if k in types), "bf16")
+    exact = "f32" if "f32" in types else export.exact
     source = folder / gguf_name(export.name, exact)
     if exact not in types and any(map(needs_quantiser, types)):
         source = folder / f".{exact}-intermediate.partial"
