@@ -114,7 +114,9 @@ def model_card(plan: Plan, run: RunDir, base_dir: Path) -> str:
     method = {"full": "Full fine-tuning", "qlora": "LoRA on a 4-bit base, merged into the original weights"}.get(
         plan.mode, "LoRA, merged into the base's weights"
     )
-    mtp = run.mtp(plan.mtp) if plan.mtp != "skip" and spec.model_type == "qwen3_5_text" and spec.mtp_layers else None
+    mtp = run.served_mtp(plan.mtp)
+    if mtp is None and plan.mtp != "skip" and spec.model_type == "qwen3_5_text" and spec.mtp_layers:
+        mtp = run.mtp(plan.mtp)  # to be made by a later stage
     gguf = run.gguf / f"{run.name}-{plan.gguf[0].upper()}.gguf" if plan.gguf else None
     siblings = [f"- `{mtp.name}/`: the same model with its MTP head for speculative decoding"] if mtp else []
     siblings += [f"- `{run.gguf.name}/`: GGUF files ({', '.join(plan.gguf)}) and an Ollama Modelfile"] if gguf else []

@@ -71,8 +71,9 @@ def plan_uploads(root: Path, target: str, parts: Sequence[str]) -> list[Upload]:
     plan = load_plan(root / "plan.yaml")
     run = RunDir.from_root(root, plan.output)
     folders = {"merged": run.merged, "gguf": run.gguf}
-    if plan.mtp != "skip":
-        folders["mtp"] = run.mtp(plan.mtp)
+    served = run.served_mtp(plan.mtp)
+    if served is not None:
+        folders["mtp"] = served
     found = [Upload(repository=target + _SUFFIX[p], folder=folders[p]) for p in parts
              if p in folders and folders[p].is_dir()]
     if not found:
