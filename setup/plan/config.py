@@ -287,9 +287,9 @@ def _check_implied(plan: Plan) -> None:
 
 
 def _local_model(model: str) -> str:
-    """A model given as a folder becomes absolute: stages do not run in the user's directory."""
+    """A model (or a head) given as a folder or file becomes absolute: stages do not run in the user's directory."""
     path = Path(model).expanduser()
-    if model.startswith(("/", "./", "../", "~")) or model in (".", "..") or path.is_dir():
+    if model.startswith(("/", "./", "../", "~")) or model in (".", "..") or path.exists():
         return os.path.abspath(path)
     return model
 
@@ -323,8 +323,9 @@ def resolve(
             if field not in values:
                 values[field] = value
                 origins[field] = origin
-    if isinstance(values.get("model"), str):
-        values["model"] = _local_model(values["model"])
+    for field in ("model", "mtp_head"):
+        if isinstance(values.get(field), str):
+            values[field] = _local_model(values[field])
     plan = _validated(values, origins)
     for field in _PATHS:
         if field not in values and isinstance(getattr(plan, field), Path):

@@ -177,3 +177,14 @@ def test_the_published_answers_are_understood() -> None:
         assert given_flags(parser.parse_args(["--mtp", answer])) == {"mtp": mode}
     with pytest.raises(SystemExit):
         parser.parse_args(["--mtp", "maybe"])
+
+
+def test_a_head_given_beside_the_user_is_found_from_the_runs_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparktune.setup.plan.config import resolve
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "head.safetensors").write_bytes(b"")
+    assert resolve({"mtp_head": "head.safetensors"}, {}, {}, {}).mtp_head == str(tmp_path / "head.safetensors")
+    assert resolve({"mtp_head": "Qwen/Qwen3.5-2B"}, {}, {}, {}).mtp_head == "Qwen/Qwen3.5-2B"
