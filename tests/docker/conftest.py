@@ -91,15 +91,21 @@ class Engine:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        for line in listed.splitlines():
-            pid, _, arguments = line.strip().partition(" ")
-            if f"{self.folder}/exec" in arguments and "containerd" in arguments:
+        deadline = time.monotonic() + 5
+        while (left := self._helpers()) and time.monotonic() < deadline:
+            for pid in left:
                 with suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
         # a new containerd waits for the old one's database lock and gives up after 15 s
         shutil.rmtree(self.folder / "exec", ignore_errors=True)
         (self.folder / "pid").unlink(missing_ok=True)
+
+    def _helpers(self) -> list[int]:
+        """Returns the process ids of its containerd and of that one's shims."""
+        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        split = [line.strip().partition(" ") for line in listed.splitlines()]
+        return [int(pid) for pid, _, said in split if f"{self.folder}/exec" in said and "containerd" in said]
 
     def remove(self) -> None:
         """Ends what still runs in it, and it, and takes its file system away."""
