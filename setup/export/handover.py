@@ -76,7 +76,8 @@ def result_lines(plan: Plan, run: RunDir) -> list[str]:
     if not run.merged.is_dir():
         return []
     mtp = run.served_mtp(plan.mtp)
-    gguf = next(iter(sorted(run.gguf.glob("*.gguf"))), None)
+    # the vision tower's file (mmproj-...) is no model of its own
+    gguf = next(iter(sorted(run.gguf.glob(f"{run.name}-*.gguf"))), None)
     commands = serving_commands(probe(str(run.merged)), run.merged, mtp=mtp, gguf=gguf, name=run.name)
     width = max(map(len, commands))
     return [f"{server:<{width}}  {command}" for server, command in commands.items()]
