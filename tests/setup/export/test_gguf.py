@@ -166,7 +166,7 @@ def test_the_map_is_its_own_inverse(tiny_base: Path) -> None:
 def test_the_folder_says_what_it_is(run: Path, output: Path) -> None:
     folder = output / "demo-run-gguf"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "Modelfile", "demo-run-BF16.gguf", "demo-run-Q8_0.gguf", "manifest.json"]
+        "Modelfile", "demo-run-BF16.gguf", "demo-run-Q8_0.gguf", "manifest.json", "mmproj-demo-run-F16.gguf"]
     manifest = read_manifest(folder)
     assert manifest["source"]["mtp"] is True
     assert manifest["source"]["folder"].endswith("demo-run-mtp-default")
