@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-__all__ = ["GradColumns", "ask_for_spare_columns", "carry_place", "grad_columns", "room_beside", "split_columns"]
+__all__ = ["GradColumns", "carry_place", "grad_columns", "split_columns"]
 
 
 class _Slab:
@@ -21,15 +21,13 @@ class _Slab:
 
     def __init__(self, product: torch.Tensor) -> None:
         self.shape, self.dtype, self.device = product.shape, product.dtype, product.device
-        self._spare = getattr(product, "spare_columns", 0)
         self._buffer: torch.Tensor | None = None
         self._given: set[int] = set()
 
     def columns(self, start: int, width: int) -> torch.Tensor:
         """Returns a [T, width] view."""
         if self._buffer is None:
-            size = (self.shape[0], self.shape[1] + self._spare)
-            self._buffer = torch.empty(size, dtype=self.dtype, device=self.device)
+            self._buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         return self._buffer[:, start : start + width]
 
     def claim(self, start: int, width: int) -> torch.Tensor | None:
@@ -42,8 +40,6 @@ class _Slab:
     def release(self) -> torch.Tensor:
         """Returns the whole gradient and forgets it."""
         whole = self.columns(0, self.shape[1])
-        if self._spare:
-            whole.room = self._buffer
         self._buffer = None
         self._given.clear()
         return whole
@@ -112,20 +108,6 @@ def split_columns(product: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Te
         part.grad_columns = GradColumns(slab, start, size)
         start += size
     return parts
-
-
-def ask_for_spare_columns(product: torch.Tensor, columns: int) -> None:
-    """Asks `split_columns` for a gradient of `product` with unused columns beside it: the op that made the product will
-    write there and multiply both at once (`room_beside`)."""
-    product.spare_columns = columns
-
-
-def room_beside(gradient: torch.Tensor, columns: int) -> torch.Tensor | None:
-    """Returns [T, N + columns] whose first N columns are `gradient` and whose others are free to use, or None."""
-    room: torch.Tensor | None = getattr(gradient, "room", None)
-    if room is None or room.shape != (gradient.shape[0], gradient.shape[1] + columns):
-        return None
-    return room if room.data_ptr() == gradient.data_ptr() and room.stride() == gradient.stride() else None
 
 
 def grad_columns(x: torch.Tensor) -> GradColumns | None:

@@ -42,9 +42,6 @@ _UNSUPPORTED = (
     "use_bdlora", "layer_replication", "eva_config", "corda_config",
 )
 
-ONE_PRODUCT = False
-"""On a GPU, multiply x by the base and by A in one product (StaticLoRA); not measured yet in a whole step."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -102,8 +99,7 @@ def _attach(model: TextTower, config: LoraConfig, modules: Sequence[str]) -> Non
         if adapted:
             assert isinstance(group, ProjectionGroup), "adapters go on a frozen group, once"
             lora = StaticLoRA(
-                group, adapted, r=config.r, scale=config.scale, dropout=config.dropout, index=index, ops=owner.ops,
-                one_product=ONE_PRODUCT and group.weight.device.type == "cuda",
+                group, adapted, r=config.r, scale=config.scale, dropout=config.dropout, index=index, ops=owner.ops
             )
             setattr(owner, attribute, lora)
 

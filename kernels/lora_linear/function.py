@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from sparktune.kernels.columns import ask_for_spare_columns, room_beside
 from sparktune.kernels.frozen_weight import FrozenWeight, dense
 from sparktune.kernels.matmul import matmul_fp32
 
@@ -41,16 +40,12 @@ class _Group:
         return pairs
 
 
-def _scaled_copy(lora_b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """Returns scale * B in the compute dtype, rounded once from its master."""
-    return lora_b.to(dtype) if scale == 1.0 else torch.mul(lora_b, scale, out=torch.empty_like(lora_b, dtype=dtype))
-
-
 def _compute_copies(
     lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns A and scale * B in the compute dtype, each rounded once from its master."""
-    return lora_a.to(dtype), _scaled_copy(lora_b, scale, dtype)
+    b = lora_b.to(dtype) if scale == 1.0 else torch.mul(lora_b, scale, out=torch.empty_like(lora_b, dtype=dtype))
+    return lora_a.to(dtype), b
 
 
 def _forward(
@@ -143,45 +138,6 @@ class _LoRALinear(torch.autograd.Function):
         return dx, dw, dbias, da, db, None, None
 
 
-class _StackedLoRALinear(torch.autograd.Function):
-    """As _LoRALinear, with A's rows below the base's: one product gives y and x A^T, one gives dy W + dxa A."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, stacked: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, group: _Group
-    ) -> torch.Tensor:
-        n = stacked.shape[0] - lora_a.shape[0]
-        stacked[n:].copy_(lora_a)
-        b = _scaled_copy(lora_b, group.scale, x.dtype)
-        wide = x @ stacked.t()
-        # an alias, not a view: y is changed in place below, and must not keep x A^T's columns alive as its base
-        y = wide.new_empty(0).set_(wide.untyped_storage(), 0, (x.shape[0], n), (wide.stride(0), 1))
-        xa = wide[:, n:].contiguous()
-        for cols, ranks in group.slices(b.shape[1]):
-            y[:, cols].addmm_(xa[:, ranks], b[cols].t())
-        ctx.save_for_backward(x, b, xa)
-        # not among the saved tensors: another forward writes the same A into it again, which is no change
-        ctx.stacked = stacked
-        ctx.group, ctx.dtypes = group, (lora_a.dtype, lora_b.dtype)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, b, xa = ctx.saved_tensors
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        n, rank = dy.shape[1], b.shape[1]
-        room = room_beside(dy, xa.shape[1])
-        dxa = torch.empty_like(xa) if room is None else room[:, n:]
-        for cols, ranks in ctx.group.slices(rank):
-            torch.mm(dy[:, cols], b[cols], out=dxa[:, ranks])
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ ctx.stacked[:n]).addmm_(dxa, ctx.stacked[n:]) if room is None else room @ ctx.stacked
-        da, db = _backward_weights(dy, x, xa, dxa, ctx.group, rank, None, ctx.dtypes)
-        return dx, None, da, db, None
-
-
 def _check(
     width: int, x: torch.Tensor, weight: torch.Tensor | FrozenWeight, lora_a: torch.Tensor, lora_b: torch.Tensor,
     out_sizes: Sequence[int],
@@ -201,24 +157,9 @@ def _check(
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: cast x to the weight's dtype first")
 
 
-def _check_stacked(
-    stacked: torch.Tensor, weight: torch.Tensor | FrozenWeight, bias: torch.Tensor | None, lora_a: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> None:
-    if isinstance(weight, FrozenWeight) or weight.requires_grad or bias is not None or mask is not None:
-        raise ValueError("stacked needs a frozen weight that is a tensor, no bias and no dropout mask")
-    expected = (weight.shape[0] + lora_a.shape[0], weight.shape[1])
-    if stacked.shape != expected or stacked.data_ptr() != weight.data_ptr() or not stacked.is_contiguous():
-        raise ValueError(
-            f"stacked must be a contiguous {list(expected)} that begins with the weight's own memory, got "
-            f"{list(stacked.shape)}"
-        )
-
-
 def lora_linear_fused(
     x: torch.Tensor, weight: torch.Tensor | FrozenWeight, bias: torch.Tensor | None, lora_a: torch.Tensor,
     lora_b: torch.Tensor, out_sizes: Sequence[int], scale: float, dropout_mask: torch.Tensor | None = None,
-    stacked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One product for a group of projections that share x, adapters included.
 
@@ -232,8 +173,6 @@ def lora_linear_fused(
         out_sizes: output width of each of the G adapted projections, in order.
         scale: alpha / r.
         dropout_mask: [T, in] or broadcastable, already divided by the keep probability; acts on the adapters' x.
-        stacked: [N + G*r, in] whose first N rows are the frozen `weight` itself and whose others are room for A in the
-            compute dtype, written here; then x is read once for both. No mask and no bias with it.
 
     Returns:
         y [T, N] in x's dtype. The gradients of lora_a and lora_b are fp32 sums, never rounded to bf16.
@@ -242,9 +181,4 @@ def lora_linear_fused(
         ValueError: shapes or dtypes do not fit together.
     """
     _check(x.shape[-1], x, weight, lora_a, lora_b, out_sizes)
-    if stacked is not None:
-        _check_stacked(stacked, weight, bias, lora_a, dropout_mask)
-        y = _StackedLoRALinear.apply(x, stacked, lora_a, lora_b, _Group(tuple(out_sizes), float(scale)))
-        ask_for_spare_columns(y, lora_a.shape[0])
-        return y
     return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, dropout_mask, _Group(tuple(out_sizes), float(scale)))

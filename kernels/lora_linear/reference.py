@@ -15,7 +15,6 @@ __all__ = ["lora_linear_reference"]
 def lora_linear_reference(
     x: torch.Tensor, weight: torch.Tensor | FrozenWeight, bias: torch.Tensor | None, lora_a: torch.Tensor,
     lora_b: torch.Tensor, out_sizes: Sequence[int], scale: float, dropout_mask: torch.Tensor | None = None,
-    stacked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns x W^T + bias + scale * (x * mask) A_i^T B_i^T, the projections' outputs side by side.
 
@@ -30,7 +29,6 @@ def lora_linear_reference(
         out_sizes: output width of each of the G adapted projections, in order.
         scale: alpha / r or alpha / sqrt(r).
         dropout_mask: [T, in] of x's dtype, 0 or 1 / (1 - p); one mask for the group. None for no dropout.
-        stacked: not used here.
 
     Returns:
         [T, N] of x's dtype.

@@ -37,13 +37,11 @@ class StaticLoRA(nn.Module):
         dropout: probability on the adapters' input; one mask a group and forward pass.
         index: number of this module in the model; makes its masks its own.
         ops: the model's ops.
-        one_product: keep room for A below the base weight, so that x is read once for both. Not with dropout (A's input
-            is another), a bias, a rank that is no multiple of 8 or a base stored in fewer bits: `stacked` is None then.
     """
 
     def __init__(
         self, group: ProjectionGroup, adapted: Sequence[str], *, r: int, scale: float, dropout: float, index: int,
-        ops: OpTable, one_product: bool = False,
+        ops: OpTable,
     ) -> None:
         super().__init__()
         self.names, self.out_sizes, self.in_features = group.names, group.out_sizes, group.in_features
@@ -57,7 +55,6 @@ class StaticLoRA(nn.Module):
         bias, rows = None if group.bias is None else group.bias.detach(), group.rows()
         if bias is not None and packed != group.names:
             bias = torch.cat([bias[rows[n]] for n in packed])
-        self.stacked: torch.Tensor | None = None
         self.weight: nn.Parameter | FrozenWeight
         if isinstance(group.weight, FrozenWeight):
             weight: torch.Tensor | FrozenWeight = group.weight.reordered(packed)
@@ -66,9 +63,6 @@ class StaticLoRA(nn.Module):
             weight = group.weight.detach()
             if packed != group.names:
                 weight = torch.cat([weight[rows[n]] for n in packed])
-            if one_product and dropout == 0 and bias is None and r % 8 == 0:
-                self.stacked = weight.new_empty(weight.shape[0] + len(self.adapted) * r, self.in_features)
-                weight = self.stacked[: weight.shape[0]].copy_(weight)
             self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         new = {"dtype": working_dtype(weight), "device": weight.device}
@@ -113,7 +107,7 @@ class StaticLoRA(nn.Module):
         """
         mask = self._mask(x, dropout) if dropout is not None and self.dropout > 0 else None
         y = self.ops.lora_linear(
-            x, self.weight, self.bias, self.lora_a, self.lora_b, self.adapted_sizes, self.scale, mask, self.stacked
+            x, self.weight, self.bias, self.lora_a, self.lora_b, self.adapted_sizes, self.scale, mask
         )
         parts = split_columns(y, self._packed_sizes)
         return tuple(parts[i] for i in self._output_order)

@@ -164,7 +164,7 @@ def test_dropout_masks_are_unbiased_and_of_their_own(oracles, build, documents, 
     attach_lora(model, LoraConfig(r=2, alpha=2, dropout=0.25), seed=3)
     seen = []
 
-    def record(x, weight, bias, a, b, sizes, scale, mask, stacked):
+    def record(x, weight, bias, a, b, sizes, scale, mask):
         seen.append(mask)
         return torch.nn.functional.linear(x, weight, bias)
 
