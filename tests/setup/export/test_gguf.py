@@ -198,7 +198,9 @@ def test_the_result_folder_has_a_card_with_the_commands(run: Path, output: Path)
 # -- the GGUF's weights answer
 
 
-def test_evaluate_asks_base_merged_and_gguf(run: Path, output: Path) -> None:
+def test_evaluate_asks_base_merged_and_gguf(run: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # without llama.cpp's programs the first file's weights answer in transformers
+    monkeypatch.setattr("sparktune.setup.export.sources.find_tools", lambda: None)
     stale = '{"stage": "after", "prompt": "old", "answer": "of an earlier evaluation"}\n'
     (run / "samples.jsonl").write_text('{"step": 0, "prompt": "What is 5 + 5?", "answer": "x"}\n' + stale)
     assert evaluate_main(["--run", str(run)]) == 0
