@@ -95,11 +95,14 @@ def load_tower(model_dir: Path, device: torch.device) -> TextTower:
 
 def _maths(run: HeadRun, pack_length: int, data: TokenDataset, tower: TextTower) -> dict[str, Any]:
     head = [f"{name} {file.stat().st_size} {entry.begin}" for name, (file, entry) in sorted(run.head.items())]
+    # A model that was merged anew under the same name is another teacher.
+    files = sorted(run.model_dir.glob("*.safetensors"))
+    weights = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
     return {
         **asdict(run.recipe), "num_epochs": run.num_epochs, "max_steps": run.max_steps, "seed": run.seed,
         "learning_rate": run.learning_rate, "warmup_ratio": run.warmup_ratio, "pack_length": pack_length,
-        "data": data.key, "model": str(run.model_dir.resolve()), "head": head, "dtype": str(tower.dtype),
-        "device": tower.device.type,
+        "data": data.key, "model": str(run.model_dir.resolve()), "weights": weights, "head": head,
+        "dtype": str(tower.dtype), "device": tower.device.type,
     }
 
 

@@ -29,6 +29,7 @@ GENERAL = ["What does `os.path.join` do?", "What is the module `json` for?", "Wh
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_fine_tuning_takes_acceptance_and_training_the_head_gives_it_back(tmp_path: Path) -> None:
     base = make_model(tmp_path / "tiny", pretrained=True)
     data_file = tmp_path / "sums.jsonl"
