@@ -85,6 +85,7 @@ class Terminal:
         seen = self.screen(colours=True).rstrip("\n")
         # a picture shows nobody's folders
         seen = seen.replace(f"{ROOT}/run.sh", "./run.sh").replace(str(self._folder), "~/chat")
+        seen = seen.replace(str(ROOT), "~/sparktune")
         seen = re.split(r"\n\s*exit=\d+", seen)[0]  # what follows is this test's, not the program's
         console = Console(
             record=True, file=io.StringIO(), width=self.size[0], height=self.size[1], force_terminal=True,
