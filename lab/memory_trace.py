@@ -145,8 +145,8 @@ def trace_step(
 
     Args:
         spec: the model; small, for its products are really computed.
-        plan: `mode`, `quantise_base` (none or int8), `lora_r`, `target_modules` and `recompute` are read; the compute
-            type is bfloat16.
+        plan: `mode`, `quantise_base` (none or int8), `lora_r`, `target_modules`, `recompute` and `recompute_layers` are
+            read; the compute type is bfloat16.
         lengths: documents of a micro-batch.
         supervised: share of supervised tokens.
         accum: micro-batches a step.
@@ -162,7 +162,7 @@ def trace_step(
             live.weights += parameter.nbytes
         live.weights += stored_bytes(model)
         assert plan.recompute != "auto", "a trace has one policy"
-        model.set_recompute(plan.recompute)
+        model.set_recompute(plan.recompute, plan.recompute_layers)
         if plan.mode == "full":
             train_everything(model)
         else:

@@ -13,7 +13,13 @@ from sparktune.setup.plan.schema import Plan
 from sparktune.training.batch import IGNORE_INDEX, MicroBatch
 from sparktune.training.native_engine import NativeEngine
 
-__all__ = ["build_engine", "documents_row", "micro_batches"]
+__all__ = ["build_engine", "documents_row", "micro_batches", "recompute_fields"]
+
+
+def recompute_fields(text: str) -> dict[str, object]:
+    """Returns a plan's fields for `none`, `norms`, `layer`, `all` or `layer:N`: N layers whole, of the others norms."""
+    policy, colon, layers = text.partition(":")
+    return {"recompute": policy, "recompute_layers": int(layers) if colon else None}
 
 
 def build_engine(folder: Path, *, rank: int, full: bool, recompute: str, dtype: str = "bfloat16",
@@ -21,9 +27,9 @@ def build_engine(folder: Path, *, rank: int, full: bool, recompute: str, dtype: 
                  optimizer: str = "adamw") -> NativeEngine:
     """Returns the engine as a run would build it: LoRA of `rank` (alpha = rank), or full fine-tuning."""
     plan = Plan(
-        model=str(folder), mode="full" if full else "lora", dtype=dtype, device=device, recompute=recompute,
+        model=str(folder), mode="full" if full else "lora", dtype=dtype, device=device,
         lora_r=rank, lora_alpha=float(rank), target_modules=LORA_TARGETS, weight_decay=0.01, max_grad_norm=0.0,
-        quantise_base=quantise_base, optimizer=optimizer,
+        quantise_base=quantise_base, optimizer=optimizer, **recompute_fields(recompute),
     )
     return NativeEngine.build(plan, probe(str(folder)), folder, torch.device(device), ops)
 

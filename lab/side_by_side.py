@@ -38,7 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--supervised", type=float, default=0.35)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--recompute", default="none", help="policy of the native engine")
+    parser.add_argument("--recompute", default="none", help="of the native engine; layer:N: first N layers")
     parser.add_argument("--no-graphs", action="store_true", help="native: launch op by op")
     parser.add_argument("--folder", type=Path, default=cache_dir("bench"))
     parser.add_argument("--csv", type=Path)

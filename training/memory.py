@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sparktune.setup.plan.errors import UsageError
 from sparktune.setup.plan.memory import cheapest_policy
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 from sparktune.training.tower import RecomputePolicy
@@ -99,24 +100,36 @@ def measure_machine(device: torch.device) -> Machine:
 
 def choose_recompute(
     plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine
-) -> tuple[RecomputePolicy, str]:
-    """Returns the recompute policy and the reason for it.
+) -> tuple[RecomputePolicy, int | None, str]:
+    """Returns the recompute policy, how many layers it computes again whole (None: what the policy says), and why.
 
-    On a GPU `auto` takes the policy that computes least again and whose estimated peak fits in what is free.
+    On a GPU `auto` takes what computes least again and whose estimated peak fits in what is free.
 
     Args:
         plan: complete but for `recompute`.
         spec: the model's shape.
         report: the data's report.
         machine: as measured; `memory_gib` is what is free, the reserve already taken off.
+
+    Raises:
+        UsageError: `recompute_layers` without the policy it belongs to, or more of them than the model has.
     """
+    layers = plan.recompute_layers
+    if layers is not None and (plan.recompute != "layer" or plan.engine == "unsloth" or layers > spec.num_layers):
+        raise UsageError(
+            f"--recompute-layers should be 1 to {spec.num_layers}, with --recompute layer and the native engine; seen: "
+            f"{layers} with --recompute {plan.recompute} --engine {plan.engine}. Change it or leave it out."
+        )
     if plan.recompute != "auto":
-        return plan.recompute, "as asked for"
+        return plan.recompute, layers, "as asked for"
     if machine.device == "cpu":
-        return "none", "a CPU has memory to spare and no cycles"
+        return "none", None, "a CPU has memory to spare and no cycles"
     if plan.engine == "unsloth":
-        return "layer", "Unsloth's own checkpointing, its default"
+        return "layer", None, "Unsloth's own checkpointing, its default"
     chosen, tried = cheapest_policy(plan, spec, report, machine)
-    peaks = ", ".join(f"{estimate.policy} {estimate.total_gib:.1f}" for estimate in tried)
+    peaks = ", ".join(f"{estimate.recompute} {estimate.total_gib:.1f}" for estimate in tried)
     verdict = "computes least again of what fits" if chosen.total_gib <= machine.memory_gib else "no policy fits"
-    return chosen.policy, f"estimated peaks in GiB: {peaks}; {machine.memory_gib:.1f} are free: {verdict}"
+    if chosen.layers is not None:
+        verdict += f": the first {chosen.layers} of {spec.num_layers} layers whole, of the others norms and activations"
+    reason = f"estimated peaks in GiB: {peaks}; {machine.memory_gib:.1f} are free: {verdict}"
+    return chosen.policy, chosen.layers, reason

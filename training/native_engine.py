@@ -83,7 +83,7 @@ class NativeEngine:
             model = build_hollow(spec, ops, dtype, device)
             load_weights(model, model_dir, spec, storing(storage, plan.double_quantise))
         assert plan.recompute != "auto", "resolved before the model is built"
-        model.set_recompute(plan.recompute)
+        model.set_recompute(plan.recompute, plan.recompute_layers)
         if plan.mode == "full":
             names = train_everything(model)
             model.dropout_seed = plan.seed

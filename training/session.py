@@ -182,11 +182,12 @@ def decide_plan(plan: Plan, spec: ModelSpec, data: PreparedData, device: torch.d
     for item in found:
         events.choice(item.field, str(item.value), f"{item.reason}; {item.source}")
     plan = apply(plan, found)
-    policy, reason = choose_recompute(plan, spec, data.report, measure_machine(device))
+    policy, layers, reason = choose_recompute(plan, spec, data.report, measure_machine(device))
     if plan.recompute == "auto":
-        events.choice("recompute", policy, reason)
+        events.choice("recompute", policy if layers is None else f"{policy}, {layers} layers", reason)
     return plan.model_copy(update={
         "recompute": policy,
+        "recompute_layers": layers,
         "engine": "native" if plan.engine == "auto" and spec.native else plan.engine,
         "gradient_accumulation": plan.gradient_accumulation or 1,
     })

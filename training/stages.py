@@ -75,7 +75,7 @@ class StagedPasses:
             row: the documents; kept until `backward`.
         """
         self._row, self._stages, self._kept = row, [], []
-        stream = self._forward_kept(h, row) if self._model.group_size else self._forward_recorded(h, row)
+        stream = self._forward_recorded(self._forward_kept(h, row), row)
         return self._record(self._final_norm, stream, self._of_norm, self._needs[-1])[0].detach()
 
     def _final_norm(self, delta: torch.Tensor | None, h: torch.Tensor) -> tuple[torch.Tensor]:
@@ -92,46 +92,44 @@ class StagedPasses:
         self._stages.append(_Stage((delta, h), outputs, parameters))
         return outputs
 
-    def _forward_recorded(self, h: torch.Tensor, row: Row) -> Summands:
-        """Policies `none` and `norms`: every block keeps its autograd graph."""
-        stream: Summands = (None, h)
-        for i, block in enumerate(self._model.layers):
-            delta, rest = self._record(_of(block, row), stream, self._of_block[i], self._needs[i])
-            stream = (delta, rest)
-        return stream
-
     def _forward_kept(self, h: torch.Tensor, row: Row) -> Summands:
-        """Policies `layer` and `all`: one residual stream a group of blocks is kept."""
+        """The first `whole_blocks`: one residual stream a group of blocks is kept."""
         stream: Summands = (None, h)
         with torch.no_grad():
-            for i, block in enumerate(self._model.layers):
+            for i, block in enumerate(self._model.layers[: self._model.whole_blocks]):
                 x, h = block.enter(*stream)
                 if i % self._model.group_size == 0:
                     self._kept.append(h)
                 stream = block.leave(x, h, row)
         return stream
 
+    def _forward_recorded(self, stream: Summands, row: Row) -> Summands:
+        """The other blocks: each keeps its autograd graph."""
+        for i in range(self._model.whole_blocks, len(self._model.layers)):
+            delta, rest = self._record(_of(self._model.layers[i], row), stream, self._of_block[i], self._needs[i])
+            stream = (delta, rest)
+        return stream
+
     def backward(self, grad_hidden: torch.Tensor) -> torch.Tensor | None:
         """Adds the gradients of what `forward` saw; returns that of the embeddings [T, H], None if nobody needs it."""
         assert self._row is not None, "backward follows forward"
         grads = self._pull(self._stages.pop(), (grad_hidden,))
-        if self._model.group_size:
-            grads = self._backward_kept(grads, self._row)
-        else:
-            while self._stages:
-                grads = self._pull(self._stages.pop(), grads)
+        while self._stages:
+            grads = self._pull(self._stages.pop(), grads)
+        grads = self._backward_kept(grads, self._row)
         self._row = None
         # Before the first block the stream is one tensor.
         return grads[1]
 
     def _backward_kept(self, grads: tuple[torch.Tensor | None, ...], row: Row) -> tuple[torch.Tensor | None, ...]:
-        layers, size = self._model.layers, self._model.group_size
-        for first in reversed(range(0, len(layers), size)):
-            inner = self._again(self._kept.pop(), layers[first : first + size], row)
-            for i in reversed(range(first, min(first + size, len(layers)))):
+        layers, size, whole = self._model.layers, self._model.group_size, self._model.whole_blocks
+        for first in reversed(range(0, whole, size)):
+            last = min(first + size, whole)
+            inner = self._again(self._kept.pop(), layers[first:last], row)
+            for i in reversed(range(first, last)):
                 self._record(_of(layers[i], row), (None, inner.pop()), self._of_block[i], self._needs[i])
-                (_, whole) = self._pull(self._stages.pop(), grads)
-                grads = (whole, whole)  # this block's input is the sum of both of the last one's outputs
+                (_, grad) = self._pull(self._stages.pop(), grads)
+                grads = (grad, grad)  # this block's input is the sum of both of the last one's outputs
         return grads
 
     @staticmethod

@@ -114,6 +114,7 @@ class TextTower(nn.Module):
         dropout_seed: seed of adapter dropout.
         dropout_calls: training forward passes so far; with the seed it fixes every mask. Part of a resume's state.
         recompute: policy of the backward pass; set by `set_recompute`.
+        whole_blocks: the first blocks, so many of them, are computed again from an input; set there too.
     """
 
     def __init__(self, spec: ModelSpec, ops: OpTable, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -121,6 +122,7 @@ class TextTower(nn.Module):
         self.spec, self.ops, self.dtype, self.device = spec, ops, dtype, device
         self.dropout_seed, self.dropout_calls = 0, 0
         self.recompute: RecomputePolicy = "none"
+        self.whole_blocks = 0
         self._recomputed: RecomputedOutputs | None = None
         self.embed_tokens = _frozen(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
@@ -140,20 +142,37 @@ class TextTower(nn.Module):
         """[V, H] of the output projection."""
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
-    def set_recompute(self, policy: RecomputePolicy) -> None:
+    def set_recompute(self, policy: RecomputePolicy, layers: int | None = None) -> None:
         """Chooses what the backward pass computes again.
 
         none: nothing. norms: outputs of norms, activations and gates. layer: every block from its input.
         all: blocks in groups of about sqrt(layers), each group from its input, so that few residuals are kept.
+
+        Args:
+            policy: one of these.
+            layers: under `layer`, only so many of the first blocks, and `norms` for the others, whose activations are
+                gone by the time the first blocks need room to be computed again. None: every block.
+
+        Raises:
+            UsageError: an unknown policy, or a number of layers that it or the model does not have.
         """
         if policy not in get_args(RecomputePolicy):
             raise UsageError(f"recompute {policy!r} should be one of {', '.join(get_args(RecomputePolicy))}.")
+        if layers is not None and (policy != "layer" or not 1 <= layers <= len(self.layers)):
+            raise UsageError(
+                f"--recompute-layers should be 1 to {len(self.layers)} and goes with --recompute layer; seen: {layers} "
+                f"with --recompute {policy}. Change it or leave it out."
+            )
         self.recompute = policy
-        self._recomputed = RecomputedOutputs(self.ops) if policy == "norms" else None
-        ops = self._recomputed.ops if self._recomputed else self.ops
-        for module in self.modules():
-            if module is not self and hasattr(module, "ops"):
-                module.ops = ops
+        every = len(self.layers)
+        self.whole_blocks = {"layer": every if layers is None else layers, "all": every}.get(policy, 0)
+        keeps = policy != "none" and self.whole_blocks < every
+        self._recomputed = RecomputedOutputs(self.ops) if keeps else None
+        for i, block in enumerate(self.layers):
+            ops = self._recomputed.ops if self._recomputed and i >= self.whole_blocks else self.ops
+            for module in block.modules():
+                if hasattr(module, "ops"):
+                    module.ops = ops
 
     def slots(self) -> dict[str, Slot]:
         """Returns checkpoint name (text layout, `model.layers.0. ...`) -> where it lives, for the whole tower."""
@@ -187,8 +206,8 @@ class TextTower(nn.Module):
 
     @property
     def group_size(self) -> int:
-        """Blocks that the backward pass computes again from one kept input; 0: none is."""
-        return {"layer": 1, "all": math.isqrt(len(self.layers) - 1) + 1}.get(self.recompute, 0)
+        """Of the first `whole_blocks`, how many are computed again from one kept input."""
+        return math.isqrt(len(self.layers) - 1) + 1 if self.recompute == "all" else 1
 
     def row_of(self, batch: MicroBatch) -> Row:
         """Returns what every layer needs to know of a micro-batch."""
@@ -203,7 +222,7 @@ class TextTower(nn.Module):
         )
 
     def saving(self) -> contextlib.AbstractContextManager[object]:
-        """Returns the context of a forward pass whose graph is kept: under `norms` it keeps recipes."""
+        """Returns the context of a forward pass whose graph is kept: blocks under `norms` keep recipes there."""
         return self._recomputed.saving() if self._recomputed else contextlib.nullcontext()
 
     def final_norm(self, delta: torch.Tensor | None, h: torch.Tensor) -> torch.Tensor:
@@ -227,21 +246,19 @@ class TextTower(nn.Module):
         """
         row = self.row_of(batch)
         h = F.embedding(batch.ids, self.embed_tokens)
-        step = self.group_size
-        if step and torch.is_grad_enabled():
-            # Without a global generator's state to keep: dropout masks are a function of row.dropout.
-            for first in range(0, len(self.layers), step):
-                if step == 1:
-                    h = self._group_of_blocks(first, first + 1, h, row)
-                else:
-                    h = checkpoint(
-                        self._group_of_blocks, first, first + step, h, row, use_reentrant=False,
-                        preserve_rng_state=False,
-                    )
-            return self.final_norm(None, h)
+        whole = self.whole_blocks if torch.is_grad_enabled() else 0
+        # Without a global generator's state to keep: dropout masks are a function of row.dropout.
+        for first in range(0, whole, self.group_size):
+            last = min(first + self.group_size, whole)
+            if self.group_size == 1:
+                h = self._group_of_blocks(first, last, h, row)
+            else:
+                h = checkpoint(
+                    self._group_of_blocks, first, last, h, row, use_reentrant=False, preserve_rng_state=False,
+                )
         with self.saving():
             delta = None
-            for block in self.layers:
+            for block in self.layers[whole:]:
                 delta, h = block(delta, h, row)
             return self.final_norm(delta, h)
 

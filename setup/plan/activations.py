@@ -316,7 +316,7 @@ def _held_inputs(spec: ModelSpec, policy: str, layer: int) -> int:
     return layer // group + 1 + layer % group
 
 
-def step_bytes(spec: ModelSpec, policy: str, step: Step) -> StepBytes:
+def step_bytes(spec: ModelSpec, policy: str, step: Step, whole_layers: int | None = None) -> StepBytes:
     """Returns what a step holds beside weights, masters and moments.
 
     Gradients belong to the peak, since they may or may not exist when the activations are at their highest.
@@ -325,7 +325,10 @@ def step_bytes(spec: ModelSpec, policy: str, step: Step) -> StepBytes:
         spec: the model.
         policy: none, norms, layer or all.
         step: the micro-batch and the method.
+        whole_layers: under `layer`, how many of the first layers are computed again whole, the others as `norms` does;
+            all of them when left out.
     """
+    whole = {"layer": spec.num_layers if whole_layers is None else whole_layers, "all": spec.num_layers}.get(policy, 0)
     kinds = {kind: _layer(spec, kind, step) for kind in dict.fromkeys(spec.layer_types)}
     layers = [kinds[kind] for kind in spec.layer_types]
     # A document's last chunk may be short; a graph has room for a document every 256 tokens.
@@ -338,13 +341,11 @@ def step_bytes(spec: ModelSpec, policy: str, step: Step) -> StepBytes:
     tied = allocated(spec.vocab_size * spec.hidden_size * E) if step.full and spec.tie_word_embeddings else 0
     # cos, sin and each token's position; the supervised rows and their targets
     row = _sum([step.tokens * spec.rope_dim * FP32] * 2 + [step.tokens * FP32]) + 2 * step.supervised * 8
-    if policy in ("none", "norms"):
-        kept_of = [layer.kept - (layer.again if policy == "norms" else 0) for layer in layers]
-        kept_all = sum(kept_of)
-    else:
-        kept_of, kept_all = [], stream * _held_inputs(spec, policy, spec.num_layers - 1)
-        if policy == "all":
-            kept_all = stream * math.ceil(spec.num_layers / (math.isqrt(spec.num_layers - 1) + 1))
+    kept_of = [stream if i < whole else layer.kept - (layer.again if policy != "none" else 0)
+               for i, layer in enumerate(layers)]
+    kept_all = sum(kept_of)
+    if policy == "all":
+        kept_all = stream * math.ceil(spec.num_layers / (math.isqrt(spec.num_layers - 1) + 1))
     everything = gradients + head_gradient * (1 if spec.tie_word_embeddings else 2)
     before = everything if step.gradients_accumulate else 0
     head_forward, head_backward = _head(spec, step)
@@ -355,9 +356,9 @@ def step_bytes(spec: ModelSpec, policy: str, step: Step) -> StepBytes:
     for i in reversed(range(spec.num_layers)):
         layer = layers[i]
         later += layer.gradients
-        if policy in ("none", "norms"):
+        if i >= whole:
             below -= kept_of[i]
-            most = max(layer.moments_norms if policy == "norms" else layer.moments) + below
+            most = max(layer.moments if policy == "none" else layer.moments_norms) + below
         else:
             # its own input is the kept stream, so it is not a tensor of the layer's recomputation
             most = max(layer.moments) - stream + stream * _held_inputs(spec, policy, i)
@@ -370,7 +371,7 @@ def step_bytes(spec: ModelSpec, policy: str, step: Step) -> StepBytes:
         moments.append(everything + copies * allocated(spec.vocab_size * spec.hidden_size * E) + stream)
     # A graph's pool is its own, so the head finds no room in it; embeddings, hidden states and both their gradients
     # stay for good. Nothing is wider for a layer that is computed again and given up.
-    wide_layers = spec.layer_types.count("linear_attention") if policy in ("none", "norms") else 1
+    wide_layers = spec.layer_types[whole:].count("linear_attention") + min(whole, 1)
     graphed += max(head_forward, head_backward) + (4 if step.full else 3) * stream + wider * wide_layers
     return StepBytes(
         kept=kept_all, gradients=everything, peak=max(moments) + row, graphed=max(graphed, *moments) + row

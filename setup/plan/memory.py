@@ -33,7 +33,7 @@ from sparktune.setup.plan.errors import MemoryBudgetError
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 
 __all__ = [
-    "ADAPTED", "HEAD_CHUNK_ROWS", "PeakEstimate", "adapter_parameters", "cheapest_policy", "check_fits",
+    "ADAPTED", "HEAD_CHUNK_ROWS", "PeakEstimate", "Policy", "adapter_parameters", "cheapest_policy", "check_fits",
     "longest_row_tokens", "predict_peak", "projection_shapes",
 ]
 
@@ -69,6 +69,8 @@ class PeakEstimate:
 
     policy: Policy
     """Recompute policy it was computed for."""
+    layers: int | None = None
+    """Under `layer`: how many of the first layers are computed again whole; all of them when None."""
     tokens: int
     """Tokens of the largest micro-batch."""
     weights_gib: float
@@ -86,6 +88,11 @@ class PeakEstimate:
     """What the process needs beside its tensors."""
 
     @property
+    def recompute(self) -> str:
+        """The policy in a word: none, norms, layer, layer:8 (of 8 layers), all."""
+        return self.policy if self.layers is None else f"{self.policy}:{self.layers}"
+
+    @property
     def allocator_gib(self) -> float:
         """The predicted peak of PyTorch's allocator on a GPU, passes run eagerly."""
         return self.weights_gib + self.trained_gib + self.activations_gib + self.working_gib + self.workspace_gib
@@ -99,7 +106,7 @@ class PeakEstimate:
         """Returns the sum in one line."""
         return (
             f"estimate {self.total_gib:.1f} GiB = weights {self.weights_gib:.1f} + trained state {self.trained_gib:.1f}"
-            f" + activations {self.activations_gib:.1f} ({self.tokens} tokens, recompute {self.policy})"
+            f" + activations {self.activations_gib:.1f} ({self.tokens} tokens, recompute {self.recompute})"
             f" + working set {self.working_gib:.1f} + graphs {self.graphs_gib:.1f}"
             f" + runtime {self.workspace_gib + self.runtime_gib:.1f}"
         )
@@ -143,7 +150,7 @@ def longest_row_tokens(plan: Plan, report: DatasetReport) -> int:
 
 def predict_peak(
     plan: Plan, spec: ModelSpec, machine: Machine, *, tokens: int, longest: int, policy: Policy | None = None,
-    supervised: int | None = None,
+    layers: int | None = None, supervised: int | None = None,
 ) -> PeakEstimate:
     """Predicts the peak of one training process. No I/O, no measurement: an estimate.
 
@@ -153,10 +160,14 @@ def predict_peak(
         machine: where it runs; the CPU's plain references keep more than the fused kernels do.
         tokens: tokens of the largest micro-batch.
         longest: the longest document in it.
-        policy: recompute policy; left out, the plan's own (auto: none on a CPU, layer on a GPU).
+        policy: recompute policy; left out, the plan's own (auto: none on a CPU, layer on a GPU) and its layers.
+        layers: beside the policy `layer`: how many of the first layers are computed again whole; all when left out.
         supervised: supervised tokens of that micro-batch; all of them when left out, the most there can be.
     """
-    policy = policy or _policy_of(plan, machine)
+    if policy is None:
+        policy, layers = _policy_of(plan, machine), plan.recompute_layers if plan.recompute == "layer" else None
+    if policy != "layer" or layers == spec.num_layers:
+        layers = None
     e = _compute_bytes(plan, machine)
     weights, trained, gradients = _static_bytes(plan, spec, machine, e)
     workspace = graphs = 0.0
@@ -165,7 +176,7 @@ def predict_peak(
         # Gradients that graphs add to stay where they are.
         several = replays or plan.gradient_accumulation != 1
         step = _step(plan, machine, tokens, tokens if supervised is None else supervised, several=several)
-        found = step_bytes(spec, policy, step)
+        found = step_bytes(spec, policy, step, layers)
         kept, working = float(found.kept), float(found.peak - found.kept - (found.gradients if several else 0))
         trained += gradients if several else 0
         if plan.engine == "unsloth":
@@ -174,13 +185,13 @@ def predict_peak(
             graphs = float(found.graphed - found.peak) + min(_POOLS_GIB * GIB, _POOLS_SHARE * (kept + working))
         workspace = 2.0 * _CUBLAS_WORKSPACE[(machine.capability or (0, 0))[0] >= 9]
     else:
-        kept, working = _reference_bytes(plan, spec, tokens, longest, policy, e)
+        kept, working = _reference_bytes(plan, spec, tokens, longest, policy, layers, e)
         if base_storage(plan) != "none":
             working += 2 * max(i * o for _, i, o in projection_shapes(spec).values()) * e
         trained += gradients
     runtime = _RUNTIME_GIB + _SLACK * (weights + trained + kept + working) / GIB
     return PeakEstimate(
-        policy=policy, tokens=tokens, weights_gib=weights / GIB, trained_gib=trained / GIB,
+        policy=policy, layers=layers, tokens=tokens, weights_gib=weights / GIB, trained_gib=trained / GIB,
         activations_gib=kept / GIB, working_gib=working / GIB, workspace_gib=workspace / GIB,
         graphs_gib=graphs / GIB, runtime_gib=runtime,
     )
@@ -202,7 +213,7 @@ def _widened(plan: Plan) -> float:
 
 
 def _reference_bytes(
-    plan: Plan, spec: ModelSpec, tokens: int, longest: int, policy: Policy, e: int
+    plan: Plan, spec: ModelSpec, tokens: int, longest: int, policy: Policy, layers: int | None, e: int
 ) -> tuple[float, float]:
     """Returns (kept, working set) in bytes where the references compute."""
     floats = [_layer_floats(spec, kind, plan, longest) for kind in spec.layer_types]
@@ -212,6 +223,9 @@ def _reference_bytes(
         kept, moment = sum(full for full, _ in floats), 0.0
     elif policy == "norms":
         kept, moment = sum(full - again for full, again in floats), max(again for _, again in floats)
+    elif layers is not None:
+        kept = layers * hidden + sum(full - again for full, again in floats[layers:])
+        moment = max(*(again for _, again in floats[layers:]), max(full for full, _ in floats[:layers]))
     else:
         group = 1 if policy == "layer" else math.isqrt(spec.num_layers)
         kept = hidden * math.ceil(spec.num_layers / group)
@@ -228,6 +242,8 @@ def cheapest_policy(
 ) -> tuple[PeakEstimate, list[PeakEstimate]]:
     """Chooses the recompute policy that computes least again and still fits: none, norms, layer, all.
 
+    Of `layer` it takes the smallest number of layers.
+
     Returns:
         The estimate of the policy chosen (the last, `all`, where none fits) and those of every policy tried.
     """
@@ -236,8 +252,17 @@ def cheapest_policy(
     for policy in _POLICIES:
         tried.append(predict_peak(plan, spec, machine, tokens=tokens, longest=longest, policy=policy))
         if tried[-1].total_gib <= machine.memory_gib:
+            if policy == "layer" and plan.engine != "unsloth":
+                tried[-1] = _fewest_layers(plan, spec, machine, tokens, longest)
             break
     return tried[-1], tried
+
+
+def _fewest_layers(plan: Plan, spec: ModelSpec, machine: Machine, tokens: int, longest: int) -> PeakEstimate:
+    """Returns the estimate with the fewest layers computed again whole that fits, where all of them do."""
+    mixed = (predict_peak(plan, spec, machine, tokens=tokens, longest=longest, policy="layer", layers=n)
+             for n in range(1, spec.num_layers + 1))
+    return next(estimate for estimate in mixed if estimate.total_gib <= machine.memory_gib)
 
 
 def check_fits(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> PeakEstimate:
@@ -274,12 +299,14 @@ def _ways_out(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machi
             return cheapest_policy(other, spec, report, machine)[0].total_gib <= machine.memory_gib
         return predict_peak(other, spec, machine, tokens=tokens, longest=longest).total_gib <= machine.memory_gib
 
+    if plan.recompute == "layer" and plan.recompute_layers is not None:
+        more = range(plan.recompute_layers + 1, spec.num_layers + 1)
+        ways += [f"--recompute-layers {n}" for n in more if fits(recompute_layers=n)][:1]
     # auto has tried every policy already
     now = "all" if plan.recompute == "auto" and machine.device == "cuda" else _policy_of(plan, machine)
     for policy in _POLICIES[_POLICIES.index(now) + 1 :]:
-        if fits(recompute=policy):
+        if not ways and fits(recompute=policy, recompute_layers=None):
             ways.append(f"--recompute {policy}")
-            break
     if plan.per_device_batch_size > 1 and fits(per_device_batch_size=1):
         ways.append("--per-device-batch-size 1")
     longest = min(report.lengths.max, plan.max_seq_length)

@@ -151,6 +151,9 @@ class Plan(_Strict):
     """Compute type; auto is bfloat16 on a GPU and float32 on a CPU."""
     recompute: Recompute = Field("auto", json_schema_extra=flags("--recompute"))
     """What the backward pass computes again instead of keeping: nothing, norms and activations, whole layers, all."""
+    recompute_layers: int | None = Field(None, ge=1, json_schema_extra=flags("--recompute-layers"))
+    """With recompute layer: only the first so many layers whole, of the others norms and activations; all layers when
+    left out. recompute auto finds the number itself."""
     device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=flags("--device"))
     """Device that trains."""
 

@@ -75,7 +75,7 @@ def test_boundaries_that_a_kernel_would_leave_are_refused(wrong: list[int]) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("recompute", "full"), [("none", False), ("norms", False), ("layer", False), ("all", False), ("norms", True),
-                            ("layer", True)],
+                            ("layer", True), ("layer:2", False), ("layer:2", True)],
 )
 def test_one_graph_replays_over_other_packings(tmp_path: Path, recompute: str, full: bool) -> None:
     """The packings are not those of the capture; the launches are the same."""

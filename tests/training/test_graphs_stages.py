@@ -52,7 +52,7 @@ def gradients(engine: NativeEngine) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("recompute", "full"), [("none", False), ("norms", False), ("layer", False), ("all", False), ("norms", True),
-                            ("layer", True)],
+                            ("layer", True), ("layer:1", False), ("layer:3", True)],
 )
 def test_recorded_passes_give_the_gradients_of_eager_ones(tiny_model: Path, recompute: str, full: bool) -> None:
     """Over packings other than the one that was recorded, two micro-batches a step, both steps' weights included."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparktune.setup.plan.errors import UsageError
 from sparktune.setup.plan.memory import predict_peak
 from sparktune.setup.plan.models import CATALOGUE, spec_from_config
 from sparktune.setup.plan.schema import DatasetReport, LengthStats, Machine, Plan
@@ -29,7 +30,7 @@ def gpu(memory_gib: float) -> Machine:
 def test_a_cpu_keeps_everything_and_a_wish_is_obeyed() -> None:
     assert choose_recompute(PLAN, SPEC, REPORT, measure_machine(torch.device("cpu")))[0] == "none"
     wish = PLAN.model_copy(update={"recompute": "all"})
-    assert choose_recompute(wish, SPEC, REPORT, gpu(1000)) == ("all", "as asked for")
+    assert choose_recompute(wish, SPEC, REPORT, gpu(1000)) == ("all", None, "as asked for")
 
 
 def test_a_gpu_recomputes_as_little_as_fits() -> None:
@@ -39,17 +40,39 @@ def test_a_gpu_recomputes_as_little_as_fits() -> None:
     }
     assert peaks["none"] > peaks["norms"] > peaks["layer"] > peaks["all"]
     for policy in ("none", "norms", "layer", "all"):
-        chosen, reason = choose_recompute(PLAN, SPEC, REPORT, gpu(peaks[policy] + 1e-6))
-        assert chosen == policy
+        chosen, layers, reason = choose_recompute(PLAN, SPEC, REPORT, gpu(peaks[policy] + 1e-6))
+        assert (chosen, layers) == (policy, None)
         assert f"{policy} {peaks[policy]:.1f}" in reason
         assert "computes least again" in reason
     assert choose_recompute(PLAN, SPEC, REPORT, gpu(0.5))[0] == "all"
-    assert "no policy fits" in choose_recompute(PLAN, SPEC, REPORT, gpu(0.5))[1]
+    assert "no policy fits" in choose_recompute(PLAN, SPEC, REPORT, gpu(0.5))[2]
+
+
+def test_between_norms_and_layer_it_takes_the_fewest_layers_that_fit() -> None:
+    peaks = [predict_peak(PLAN, SPEC, gpu(1), tokens=8192, longest=2000, policy="layer", layers=n).total_gib
+             for n in range(1, SPEC.num_layers + 1)]
+    assert peaks == sorted(peaks, reverse=True)
+    for n in (1, 2, 13, SPEC.num_layers - 1):
+        chosen, layers, reason = choose_recompute(PLAN, SPEC, REPORT, gpu(peaks[n - 1] + 1e-6))
+        assert (chosen, layers) == ("layer", n)
+        assert f"layer:{n} {peaks[n - 1]:.1f}" in reason
+        assert f"the first {n} of {SPEC.num_layers} layers whole" in reason
+
+
+@pytest.mark.parametrize(
+    "changes", [{"recompute": "auto"}, {"recompute": "norms"}, {"recompute_layers": 25}, {"engine": "unsloth"}],
+)
+def test_a_number_of_layers_goes_with_its_policy(changes: dict[str, object]) -> None:
+    wish = PLAN.model_copy(update={"recompute": "layer", "recompute_layers": 7})
+    assert choose_recompute(wish, SPEC, REPORT, gpu(1)) == ("layer", 7, "as asked for")
+    with pytest.raises(UsageError, match=r"--recompute-layers should be 1 to 24, with --recompute layer"):
+        choose_recompute(wish.model_copy(update=changes), SPEC, REPORT, gpu(1000))
 
 
 def test_unsloth_keeps_its_own_default() -> None:
     plan = PLAN.model_copy(update={"engine": "unsloth"})
-    assert choose_recompute(plan, SPEC, REPORT, gpu(1000)) == ("layer", "Unsloth's own checkpointing, its default")
+    chosen = choose_recompute(plan, SPEC, REPORT, gpu(1000))
+    assert chosen == ("layer", None, "Unsloth's own checkpointing, its default")
 
 
 def test_unified_memory_keeps_a_reserve() -> None:

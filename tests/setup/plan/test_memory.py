@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import pytest
 
 from sparktune.lab.memory_trace import trace_step
+from sparktune.lab.native import recompute_fields
 from sparktune.setup.plan.activations import Step, allocated, step_bytes
 from sparktune.setup.plan.errors import MemoryBudgetError
 from sparktune.setup.plan.memory import (
     ADAPTED,
     PeakEstimate,
+    Policy,
     adapter_parameters,
     cheapest_policy,
     check_fits,
@@ -54,13 +59,16 @@ GROUPED = small(gdn_value_heads=16, tie_word_embeddings=False, vocab_size=16384)
         (DENSE, "full", "layer", 2, (9, 0)),
         (GROUPED, "lora", "norms", 2, (9, 0)),
         (GROUPED, "full", "none", 1, (9, 0)),
+        (small(), "lora", "layer:1", 2, (9, 0)),
+        (GROUPED, "lora", "layer:2", 2, (9, 0)),
+        (DENSE, "full", "layer:3", 2, (9, 0)),
     ],
 )
 def test_the_formula_is_what_the_engine_allocates(
     spec: ModelSpec, mode: str, policy: str, accum: int, capability: tuple[int, int]
 ) -> None:
     rank = 16
-    plan = Plan(mode=mode, lora_r=rank, recompute=policy)
+    plan = Plan(mode=mode, lora_r=rank, **recompute_fields(policy))
     traced = trace_step(spec, plan, [TOKENS], supervised=SUPERVISED, accum=accum, capability=capability)
     step = Step(
         tokens=TOKENS, supervised=TOKENS - int(TOKENS * (1 - SUPERVISED)), full=mode == "full",
@@ -68,7 +76,7 @@ def test_the_formula_is_what_the_engine_allocates(
         gradients_accumulate=accum > 1, split_heads=capability[0] == 9,
     )
     learning = traced.weights // 2 if mode == "full" else adapter_parameters(spec, rank)
-    predicted = traced.weights + 12 * learning + step_bytes(spec, policy, step).peak
+    predicted = traced.weights + 12 * learning + step_bytes(spec, plan.recompute, step, plan.recompute_layers).peak
     assert predicted == pytest.approx(traced.peak, rel=0.02)
     assert predicted > 0.985 * traced.peak
 
@@ -154,6 +162,35 @@ def test_the_allocator_rounds() -> None:
     assert allocated(513) == 1024
     assert allocated(21 * mib) == 22 * mib  # a segment of 22 MiB whose rest is not worth a split
     assert allocated(20 * mib + 512) == 20 * mib + 512  # the rest, nearly 2 MiB, is split off
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("size", ["0.8B", "2B"])
+def test_each_layer_computed_again_takes_less_memory(size: str, mode: str) -> None:
+    spec = spec_from_config(CATALOGUE[f"Qwen/Qwen3.5-{size}"], f"Qwen/Qwen3.5-{size}")
+    plan = Plan(mode=mode, lora_r=128, gradient_accumulation=2)
+
+    def peak(policy: Policy, layers: int | None = None) -> PeakEstimate:
+        return predict_peak(plan, spec, H200, tokens=5376, longest=5376, policy=policy, layers=layers, supervised=1882)
+
+    peaks = [peak("norms"), *(peak("layer", n) for n in range(1, spec.num_layers + 1))]
+    totals = [estimate.total_gib for estimate in peaks]
+    assert all(a >= b for a, b in itertools.pairwise(totals))
+    assert totals[0] > totals[1] > totals[-2]
+    assert peaks[-1] == peak("layer"), "all layers are the policy itself"
+    assert peaks[3].recompute == "layer:3"
+
+
+def test_a_plan_that_computes_too_few_layers_again_is_told_how_many() -> None:
+    spec = spec_from_config(CATALOGUE["Qwen/Qwen3.5-2B"], "Qwen/Qwen3.5-2B")
+    plan = Plan(mode="lora", lora_r=128, pack_length=16384, recompute="layer", recompute_layers=4)
+    budget = H200.model_copy(update={"memory_gib": 24.0})
+    with pytest.raises(MemoryBudgetError, match=r"recompute layer:4.*--recompute-layers \d+") as caught:
+        check_fits(plan, spec, _report(4000), budget)
+    layers = int(re.search(r"--recompute-layers (\d+)", str(caught.value)).group(1))
+    assert check_fits(plan.model_copy(update={"recompute_layers": layers}), spec, _report(4000), budget)
+    with pytest.raises(MemoryBudgetError):
+        check_fits(plan.model_copy(update={"recompute_layers": layers - 1}), spec, _report(4000), budget)
 
 
 def _report(longest: int) -> DatasetReport:

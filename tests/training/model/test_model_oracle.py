@@ -12,7 +12,7 @@ from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.weights import safetensors_index
 from sparktune.training.adapters import LoraConfig, attach_lora
 from sparktune.training.model import build_model, train_everything
-from sparktune.training.weights import _checkpoint_names
+from sparktune.training.weights import checkpoint_names
 
 FAMILIES = ("qwen3_5", "qwen3_5_multimodal", "qwen2", "qwen3", "llama", "mistral")
 
@@ -33,7 +33,7 @@ def test_logits_and_gradients_are_transformers(family, oracles, build, documents
     loss.backward()
     ours.backward()
     theirs = dict(oracle.named_parameters())
-    names = _checkpoint_names(safetensors_index(folder), model.spec)
+    names = checkpoint_names(safetensors_index(folder), model.spec)
     parameters = dict(model.named_parameters())
     assert set(names) == set(model.slots())
     for name, slot in model.slots().items():
@@ -60,9 +60,11 @@ def _gradients(model, batch) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("policy", ["norms", "layer", "all"])
+@pytest.mark.parametrize(
+    ("policy", "layers"), [("norms", None), ("layer", None), ("layer", 1), ("layer", -1), ("all", None)],
+)
 @pytest.mark.parametrize("family", ["qwen3_5", "llama"])
-def test_recomputing_changes_no_gradient(policy, family, oracles, build, documents, row, rel) -> None:
+def test_recomputing_changes_no_gradient(policy, layers, family, oracles, build, documents, row, rel) -> None:
     model = build(oracles(family)[1], torch.float64)
     attach_lora(model, LoraConfig(r=4, alpha=8, dropout=0.25), seed=1)
     for module in model.modules():
@@ -70,7 +72,7 @@ def test_recomputing_changes_no_gradient(policy, family, oracles, build, documen
             torch.nn.init.normal_(module.lora_b, std=0.1)
     batch = row(documents([33, 7, 65]))
     ref = _gradients(model, batch)
-    model.set_recompute(policy)
+    model.set_recompute(policy, len(model.layers) + layers if layers == -1 else layers)
     for name, grad in _gradients(model, batch).items():
         assert rel(grad, ref[name]) < 1e-12, name
     model.set_recompute("none")
@@ -109,6 +111,22 @@ def test_recomputing_keeps_less(oracles, build, documents, row) -> None:
 def test_an_unknown_recompute_policy_is_named(oracles, build) -> None:
     with pytest.raises(UsageError, match="none, norms, layer, all"):
         build(oracles("llama")[1]).set_recompute("some")
+
+
+@pytest.mark.parametrize(("policy", "layers"), [("norms", 1), ("all", 1), ("layer", 0), ("layer", 99)])
+def test_a_number_of_layers_that_cannot_be_is_refused(policy, layers, oracles, build) -> None:
+    with pytest.raises(UsageError, match=rf"goes with --recompute layer; seen: {layers} with --recompute {policy}"):
+        build(oracles("llama")[1]).set_recompute(policy, layers)
+
+
+def test_only_the_last_layers_keep_recipes(oracles, build) -> None:
+    model = build(oracles("qwen3_5")[1])
+    plain = model.ops
+    model.set_recompute("layer", 1)
+    assert model.layers[0].ops is model.layers[0].mlp.ops is plain
+    assert all(block.ops is block.mlp.ops is block.mixer.ops is not plain for block in model.layers[1:])
+    model.set_recompute("layer")
+    assert all(block.ops is block.mlp.ops is plain for block in model.layers)
 
 
 def test_zero_supervised_rows_give_zero_loss_and_zero_gradients(oracles, build, documents, row) -> None:
