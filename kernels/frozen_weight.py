@@ -29,6 +29,10 @@ class StoredRows(nn.Module):
         """Writes the weight into `out` [n, K], contiguous, of the compute type."""
         raise NotImplementedError
 
+    def whole(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """Returns the weight [n, K] in a fresh tensor if that spares a copy, else None."""
+        return None
+
     def stored_bytes(self) -> int:
         """Bytes that are kept of it."""
         return sum(buffer.nbytes for buffer in self.buffers())
@@ -111,6 +115,11 @@ class FrozenWeight(nn.Module):
     @torch.no_grad()
     def dense(self) -> torch.Tensor:
         """Returns a fresh [N, K] of the compute type."""
+        if len(self.stored) == 1:
+            (only,) = self.stored.values()
+            made = only.whole(self.dtype)
+            if made is not None:
+                return made
         weight = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         start = 0
         for rows in self.stored.values():

@@ -127,6 +127,7 @@ class BnbMoments:
         self, masters: Mapping[str, nn.Parameter], *, betas: tuple[float, float], eps: float, weight_decay: float,
         eight_bit: bool, paged: bool, library: Any,
     ) -> None:
+        assert all(m.is_contiguous() for m in masters.values()), "the kernels read values in order through pointers"
         self._masters, self._betas, self._eps, self._decay = masters, betas, eps, weight_decay
         self._library = library
         self._step = torch.zeros((), dtype=torch.int64)
@@ -146,18 +147,19 @@ class BnbMoments:
             if master.grad is None:
                 continue
             pair, decay = self._pairs[name], self._decay if master.ndim >= 2 else 0.0
+            gradient = master.grad.contiguous()  # read through a bare pointer
             if pair.paged:
                 self._library.prefetch_tensor(pair.first)
                 self._library.prefetch_tensor(pair.second)
             if pair.eight_bit:
                 self._library.optimizer_update_8bit_blockwise(
-                    "adam", master.grad, master, pair.first, pair.second, *self._betas, 0.0, 0.0, self._eps, step,
+                    "adam", gradient, master, pair.first, pair.second, *self._betas, 0.0, 0.0, self._eps, step,
                     learning_rate, self._signed, self._unsigned, pair.first_scale, pair.second_scale,
                     weight_decay=decay,
                 )
             else:
                 self._library.optimizer_update_32bit(
-                    "adam", master.grad, master, pair.first, self._betas[0], self._eps, step, learning_rate,
+                    "adam", gradient, master, pair.first, self._betas[0], self._eps, step, learning_rate,
                     pair.second, self._betas[1], weight_decay=decay,
                 )
 

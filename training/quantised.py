@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 _PLAIN = ("in_proj_a", "in_proj_b")
+_BLOCK = 64
+"""NF4 weights with one scale."""
 
 
 @contextmanager
@@ -94,20 +96,28 @@ class Nf4Rows(StoredRows):
 
     def __init__(self, weight: torch.Tensor, *, double: bool, library: Any) -> None:
         super().__init__()
-        self.n_rows, self._library = weight.shape[0], library
+        self.n_rows, self._library, self._shape = weight.shape[0], library, weight.shape
         # bitsandbytes knows no float64
         source = weight.float() if weight.dtype == torch.float64 else weight
+        # A block a row: blocks run over the ends of rows, which its kernel for CPUs, unlike that for GPUs, gets wrong.
+        width = _BLOCK if weight.numel() % _BLOCK == 0 else weight.numel()
         packed, self._state = library.quantize_4bit(
-            source.contiguous(), blocksize=64, compress_statistics=double, quant_type="nf4"
+            source.reshape(-1, width).contiguous(), blocksize=_BLOCK, compress_statistics=double, quant_type="nf4"
         )
         self.register_buffer("packed", packed, persistent=False)
 
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns what bitsandbytes dequantised, a fresh tensor.
+
+        Its argument `out` goes unused: bitsandbytes 0.49 compares out.shape with the shape that PyTorch's dispatcher
+        hands over as a list, which is never equal, so its CUDA kernel refuses every `out`.
+        """
+        made: torch.Tensor = self._library.dequantize_4bit(self.packed, self._state)
+        return made.view(self._shape).to(dtype)
+
     def widen(self, out: torch.Tensor) -> None:
-        """Dequantises, on a GPU straight into `out`."""
-        if out.is_cuda and out.dtype == self._state.dtype:
-            self._library.dequantize_4bit(self.packed, self._state, out=out)
-        else:
-            out.copy_(self._library.dequantize_4bit(self.packed, self._state))
+        """Dequantises and copies."""
+        out.copy_(self.whole(out.dtype))
 
     def stored_bytes(self) -> int:
         """Bytes of the packed values, the scales, and the scales' scales."""
