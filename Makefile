@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venvs/dev/bin/python
 CORES := $(shell nproc)
 
-.PHONY: help venv test test-long test-matrix lint types shell lock clean
+.PHONY: help venv test test-long test-docker test-matrix lint types shell lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -17,6 +17,9 @@ test: venv lint types shell ## the tier that guards every change: under 15 minut
 
 test-long: venv ## the nightly tier: everything but what needs a GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not gpu' --timeout 3600
+
+test-docker: venv ## the image on a real engine (root; Debian's docker.io, debootstrap, docker-registry)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/docker -m 'docker and not slow' --durations 30
 
 test-matrix: venv ## the model-dependent tests on the other supported transformers
 	scripts/test_matrix.sh 5.17.0
