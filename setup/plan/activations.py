@@ -363,8 +363,10 @@ def step_bytes(spec: ModelSpec, policy: str, step: Step, whole_layers: int | Non
             # its own input is the kept stream, so it is not a tensor of the layer's recomputation
             most = max(layer.moments) - stream + stream * _held_inputs(spec, policy, i)
         moments.append(most + tied + (before or later))
-        # A graph adds a layer's gradients to their sums when it has all of them.
-        graphed = max(graphed, most + everything + layer.gradients // (2 if step.full else 1))
+        # A graph adds a layer's gradients to their sums when it has all of them, and between two blocks that are not
+        # computed again it keeps the first one's output beside the sum that the second one keeps (training/stages.py).
+        passed = stream * max(i + 1 - whole, 0)
+        graphed = max(graphed, most + passed + everything + layer.gradients // (2 if step.full else 1))
     if step.full:
         # The embedding's gradient comes last; tied, it meets the head's and both become a third.
         copies = 3 if spec.tie_word_embeddings and step.gradients_accumulate else 1

@@ -57,9 +57,10 @@ _UNSLOTH_HEAD_BYTES = 3.6
 # An allocator's slack and the process itself: torch with its libraries holds about 0.4 GiB of host memory before the
 # first tensor; a CUDA context about as much of the device's. Estimates.
 _RUNTIME_GIB = 0.45
-# What two pools hold that neither can give the other: 0.95 and 1.06 GiB on an H200 (0.8B and 2B, LoRA r=128, 5376
-# tokens, norms; docs/results/memory_sweep.csv, max_memory_reserved). No smaller row was measured: the share is a guess.
-_POOLS_GIB, _POOLS_SHARE = 1.0, 0.13
+# What two pools reserve and neither can give the other, at most, and as a share of kept + working set where that is
+# less: fitted to max_memory_reserved of ten runs on an H200 (docs/results/memory_graphs.csv), 0.4 to 2.1 GiB by
+# themselves. No policy or size explains the spread: the same plan reserved 16.0 and 16.8 GiB in two processes.
+_POOLS_GIB, _POOLS_SHARE = 1.6, 0.27
 _SLACK = 0.03
 
 
@@ -183,6 +184,10 @@ def predict_peak(
             working += tokens * spec.vocab_size * _UNSLOTH_HEAD_BYTES
         elif replays:
             graphs = float(found.graphed - found.peak) + min(_POOLS_GIB * GIB, _POOLS_SHARE * (kept + working))
+            if plan.mode == "full":
+                # The head's gradient is made in float32 and handed on in bfloat16: the one's block is split for the
+                # other and no longer free for the next micro-batch's.
+                graphs += 4.0 * spec.vocab_size * spec.hidden_size
         workspace = 2.0 * _CUBLAS_WORKSPACE[(machine.capability or (0, 0))[0] >= 9]
     else:
         kept, working = _reference_bytes(plan, spec, tokens, longest, policy, layers, e)
