@@ -94,6 +94,8 @@ def _machine() -> str:
 
 
 def _commit() -> str:
+    if os.environ.get("LAB_COMMIT"):
+        return os.environ["LAB_COMMIT"]
     root = Path(__file__).resolve().parents[1]
     argv = ["git", "rev-parse", "--short", "HEAD"]
     done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)

@@ -47,14 +47,13 @@ _RUNS: tuple[dict[str, Any], ...] = (
 
 
 def _data(path: Path, rows: int, words: tuple[int, int], seed: int) -> None:
-    """Writes chat rows of random length."""
+    """Writes rows of random length."""
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
             question = " ".join(draw.choices(_WORDS, k=draw.randint(3, 12)))
             answer = " ".join(draw.choices(_WORDS, k=draw.randint(*words)))
-            row = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"text": f"{question}\n{answer}"}) + "\n")  # a bench's model has no chat template
 
 
 def _process(*argv: str, log: Path, threads: int) -> float:

@@ -145,7 +145,8 @@ def _replay_ms(body: Callable[[], object], repeats: int, replays: int) -> float:
 def machine_row() -> dict[str, str]:
     """Returns what a row must say about where it was measured.
 
-    LAB_SITTING names the sitting and LAB_COMMIT the commit where the checkout has no git; both may be unset.
+    LAB_SITTING names the sitting; LAB_COMMIT the commit, where the files lie in another repository or in none. Both may
+    be unset.
     """
     import transformers
     import triton
@@ -154,7 +155,7 @@ def machine_row() -> dict[str, str]:
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or os.environ.get("LAB_COMMIT", "unknown"),
+        "commit": os.environ.get("LAB_COMMIT") or commit.stdout.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d %H:%M"), "sitting": os.environ.get("LAB_SITTING", ""),
     }
 
