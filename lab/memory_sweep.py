@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from sparktune.lab.measure import machine_row
-from sparktune.lab.native import build_engine, micro_batches
+from sparktune.lab.native import build_engine, micro_batches, recompute_fields
 from sparktune.lab.shapes import LORA_TARGETS, make_model
 from sparktune.lab.table import append_rows
 from sparktune.setup.plan.memory import PeakEstimate, predict_peak
@@ -101,7 +101,7 @@ SMALL = tuple(t for t in SWEEP if t.size == "0.8B" and t.tokens <= 8192 and t no
 def plan_of(trial: Trial, folder: Path) -> Plan:
     """Returns the plan that `build_engine` makes of a trial."""
     return Plan(
-        model=str(folder), mode=trial.mode, dtype="bfloat16", device="cuda", recompute=trial.recompute,
+        model=str(folder), mode=trial.mode, dtype="bfloat16", device="cuda", **recompute_fields(trial.recompute),
         lora_r=trial.rank, target_modules=LORA_TARGETS, gradient_accumulation=ACCUM, quantise_base=trial.storage,
         optimizer=trial.optimizer,
     )
