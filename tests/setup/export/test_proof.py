@@ -27,6 +27,9 @@ from sparktune.setup.plan.events import NullEvents
 from sparktune.setup.plan.exports import check_exports
 from sparktune.setup.plan.schema import Plan
 
+# without a cache the first test compiles llama.cpp, which takes longer than a test may
+pytestmark = pytest.mark.timeout(3600)
+
 TYPES = ["q4_k_m", "f32", "q8_0"]
 
 
