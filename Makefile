@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venvs/dev/bin/python
 CORES := $(shell nproc)
 
-.PHONY: help venv test test-long test-docker test-matrix lint types shell lock clean
+.PHONY: help venv test test-llama test-long test-docker test-matrix lint types shell lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -14,6 +14,10 @@ venv: ## the development environment, made once per lock file
 
 test: venv lint types shell ## the tier that guards every change: under 15 minutes on two cores, no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) --dist loadgroup
+
+test-llama: venv ## GGUF files proven in llama.cpp itself, compiled from its pinned sources where the cache has none
+	$(PY) -m sparktune.setup.export.llama_build
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/setup -m 'llama_cpp and not slow' --timeout 3600
 
 test-long: venv ## the nightly tier: everything but what needs a GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not gpu' --timeout 3600
