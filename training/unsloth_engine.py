@@ -1,22 +1,22 @@
-"""The Unsloth engine: Unsloth's model and forward, as TRL's SFTTrainer drives them, behind our Engine protocol.
+"""The Unsloth engine: Unsloth's FastModel in TRL's SFTTrainer, behind our Engine protocol.
 
-Unsloth supplies the model, its patched forward, its loss and its gradient checkpointing; accumulation, clipping, AdamW,
+A document's loss and gradients come from SFTTrainer.training_step as Unsloth patches it; accumulation, clipping, AdamW,
 the schedule, data and checkpoints are ours. One document a row: packed rows leak across documents in hybrid models, and
 Unsloth itself leaves packing off for models with a vision tower, which Qwen3.5's checkpoints have.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import importlib.metadata
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from sparktune.setup.plan.basestorage import base_storage
 from sparktune.setup.plan.errors import PreflightError, UsageError
@@ -28,6 +28,7 @@ from sparktune.training.adapters import default_targets
 from sparktune.training.batch import IGNORE_INDEX, MicroBatch
 from sparktune.training.engine_choice import load_unsloth
 from sparktune.training.optimiser import MasterAdamW
+from sparktune.training.unsloth_trainer import SFT_SETTINGS, document_inputs, document_trainer
 
 __all__ = ["UnslothEngine", "adapter_key", "documents_of"]
 
@@ -72,7 +73,7 @@ class UnslothEngine:
     """A transformers model that Unsloth made (training/engine.py says what the methods mean).
 
     Args:
-        model: called with input_ids and labels; returns an object with `loss`, the mean over supervised tokens.
+        trainer: from `document_trainer`, around that model.
         plan: complete.
         spec: the base's.
         model_dir: the base's folder, for the names of trained weights.
@@ -82,16 +83,23 @@ class UnslothEngine:
         checkpointing: what Unsloth computes again in the backward pass: "unsloth" (whole layers) or False (nothing).
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, spec: ModelSpec, model_dir: Path, switch: Any = None) -> None:
-        self.model, self.plan, self.spec, self._model_dir, self._switch = model, plan, spec, model_dir, switch
-        learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    def __init__(self, trainer: Any, plan: Plan, spec: ModelSpec, model_dir: Path, switch: Any = None) -> None:
+        self.model, self.plan, self.spec, self._model_dir, self._switch = trainer.model, plan, spec, model_dir, switch
+        self._trainer = trainer
+        learning = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.device = learning[0][1].device
         self.checkpointing = _checkpointing(plan)
         self._optimiser = MasterAdamW(
             learning, betas=(plan.adam_beta1, plan.adam_beta2), eps=plan.adam_eps, weight_decay=plan.weight_decay,
             max_grad_norm=plan.max_grad_norm, optimizer=plan.optimizer,
         )
-        model.train()
+        self._to_training()
+
+    def _to_training(self) -> None:
+        if self._switch is not None:
+            # Left out, it would turn checkpointing on in every module, whatever the plan says.
+            self._switch.for_training(self.model, use_gradient_checkpointing=self.checkpointing)
+        self.model.train()
 
     @classmethod
     def build(cls, plan: Plan, spec: ModelSpec, model_dir: Path, device: torch.device) -> UnslothEngine:
@@ -120,7 +128,7 @@ class UnslothEngine:
             )
         fast = load_unsloth().FastModel
         full, storage = plan.mode == "full", base_storage(plan)
-        model, _ = fast.from_pretrained(
+        model, processing = fast.from_pretrained(
             str(model_dir), max_seq_length=plan.max_seq_length, dtype=torch.bfloat16, load_in_4bit=storage == "nf4",
             load_in_8bit=storage == "int8", full_finetuning=full, use_gradient_checkpointing=_checkpointing(plan),
             random_state=plan.seed,
@@ -136,12 +144,21 @@ class UnslothEngine:
                 target_modules=plan.target_modules or list(default_targets(spec)), random_state=plan.seed,
                 use_gradient_checkpointing=_checkpointing(plan),
             )
-        return cls(model, plan, spec, model_dir, fast)
+        trl, datasets = importlib.import_module("trl"), importlib.import_module("datasets")  # as Unsloth patched them
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = document_trainer(
+                model, processing, plan, Path(folder), base=trl.SFTTrainer, config=trl.SFTConfig,
+                data=datasets.Dataset.from_dict({"input_ids": [[0, 1]], "labels": [[0, 1]]}),
+                settings={**SFT_SETTINGS, "max_length": plan.max_seq_length},
+                checkpointing=bool(_checkpointing(plan)),
+            )
+        return cls(trainer, plan, spec, model_dir, fast)
 
     @property
     def reasons(self) -> dict[str, str]:
         """What computes."""
-        return {"model": f"unsloth {_version('unsloth')} on transformers {_version('transformers')}"}
+        versions = ", ".join(f"{name} {_version(name)}" for name in ("trl", "transformers"))
+        return {"model": f"unsloth {_version('unsloth')} on {versions}"}
 
     def describe(self) -> str:
         """Returns what learns, in words."""
@@ -152,24 +169,12 @@ class UnslothEngine:
             f"{'as Unsloth does it' if self.checkpointing else 'off'}"
         )
 
-    def _computing(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast, as a Trainer with bf16=True runs the model."""
-        if self.device.type != "cuda":
-            return contextlib.nullcontext()
-        return torch.autocast("cuda", torch.bfloat16)
-
-    def _document_loss(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean cross-entropy of one document."""
-        with self._computing():
-            return self.model(input_ids=ids, labels=labels, use_cache=False).loss
-
     def forward_backward(self, micro_batches: Sequence[MicroBatch], n_supervised: int) -> torch.Tensor:
         """Adds the gradients of sum(cross-entropy) / n_supervised, a document at a time."""
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for batch in micro_batches:
-            for ids, labels, supervised in documents_of(batch.to(self.device)):
-                loss = self._document_loss(ids, labels) * (supervised / n_supervised)
-                loss.backward()
+            for document in documents_of(batch.to(self.device)):
+                loss = self._trainer.training_step(self.model, document_inputs(*document), n_supervised)
                 total += loss.detach().float()
         return total
 
@@ -187,8 +192,9 @@ class UnslothEngine:
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         self.model.eval()
         try:
-            for ids, labels, supervised in documents_of(micro_batch.to(self.device)):
-                total += self._document_loss(ids, labels).float() * supervised
+            for document in documents_of(micro_batch.to(self.device)):
+                inputs = document_inputs(*document)
+                total += self._trainer.compute_loss(self.model, inputs, num_items_in_batch=1).float()
         finally:
             self.model.train()
         return total
@@ -201,17 +207,14 @@ class UnslothEngine:
         if self._switch is not None:
             self._switch.for_inference(self.model)
         try:
-            with self._computing():
+            with self._trainer.accelerator.autocast():
                 made = self.model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
                     do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0] if stop_ids else 0,
                     use_cache=True,
                 )
         finally:
-            if self._switch is not None:
-                # Left out, it would turn checkpointing on in every module, whatever the plan says.
-                self._switch.for_training(self.model, use_gradient_checkpointing=self.checkpointing)
-            self.model.train()
+            self._to_training()
         return made[0, ids.shape[1] :].tolist()
 
     def state(self) -> dict[str, torch.Tensor]:

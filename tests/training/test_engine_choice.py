@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from sparktune.setup.plan import recommend as recommend_module
 from sparktune.setup.plan.engines import Choice, choose_engine
@@ -23,6 +27,7 @@ from sparktune.training.batch import MicroBatch
 from sparktune.training.engine_choice import engine_of_command, load_unsloth
 from sparktune.training.native_engine import NativeEngine
 from sparktune.training.unsloth_engine import UnslothEngine, adapter_key, documents_of
+from sparktune.training.unsloth_trainer import SFT_SETTINGS, document_inputs, document_trainer
 
 SPEC = spec_from_config(CATALOGUE["Qwen/Qwen3.5-2B"], "Qwen/Qwen3.5-2B")
 GPU = Machine(device="cuda", gpu_name="NVIDIA GB10", capability=(12, 1), memory_gib=100, cpu_cores=4, disk_free_gib=10)
@@ -149,8 +154,24 @@ def test_a_row_falls_apart_into_the_documents_that_teach() -> None:
         assert not learned[0, 0]
 
 
-@pytest.fixture
-def engines(tiny_model: Path) -> SimpleNamespace:
+TRAINERS = ["transformers", *(["trl"] if importlib.util.find_spec("trl") else [])]
+"""SFTTrainer's parent always; SFTTrainer itself where TRL is installed, which development does without."""
+
+
+def trainer_of(model: Any, plan: Plan, folder: Path, kind: str = "transformers") -> Any:
+    if kind == "trl":
+        trl = importlib.import_module("trl")
+        base, config, settings = trl.SFTTrainer, trl.SFTConfig, {**SFT_SETTINGS, "max_length": 64}
+    else:
+        base, config, settings = Trainer, TrainingArguments, {}
+    return document_trainer(
+        model, AutoTokenizer.from_pretrained(plan.model), plan, folder, base=base, config=config,
+        data=[{"input_ids": [0, 1], "labels": [0, 1]}], settings=settings, checkpointing=False,
+    )
+
+
+@pytest.fixture(params=TRAINERS)
+def engines(tiny_model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> SimpleNamespace:
     """Our native engine and the Unsloth engine around transformers + PEFT, with the same weights."""
     torch.manual_seed(0)
     plan = Plan(model=str(tiny_model), mode="lora", dtype="float32", device="cpu", recompute="none", lora_r=4,
@@ -159,8 +180,41 @@ def engines(tiny_model: Path) -> SimpleNamespace:
     native = NativeEngine.build(plan, spec, tiny_model, torch.device("cpu"))
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     peft = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=plan.target_modules))
-    other = UnslothEngine(peft, plan, spec, tiny_model)
-    return SimpleNamespace(plan=plan, native=native, other=other, peft=peft)
+    trainer = trainer_of(peft, plan, tmp_path / "trainer", request.param)
+    other = UnslothEngine(trainer, plan, spec, tiny_model)
+    return SimpleNamespace(plan=plan, native=native, other=other, peft=peft, trainer=trainer)
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+def test_a_step_is_the_trainers_and_it_does_not_matter_who_counts(
+    engines: SimpleNamespace, heeds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = engines.trainer
+    monkeypatch.setattr(trainer, "model_accepts_loss_kwargs", heeds)
+    seen: list[int] = []
+    step = type(trainer).training_step
+
+    def counted(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        seen.append(num_items_in_batch)
+        return step(self, model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(type(trainer), "training_step", counted)
+    loss = engines.other.forward_backward([row()], 20)
+    assert seen == [20, 20]
+    gradients = {n: g.clone() for n, g in engines.other.named_gradients() if g is not None}
+    engines.peft.zero_grad()
+    expected = torch.zeros(())
+    for ids, labels, supervised in documents_of(row()):
+        mean = engines.peft(input_ids=ids, labels=labels).loss
+        (mean * supervised / 20).backward()
+        expected += mean.detach() * supervised / 20
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, gradient in engines.other.named_gradients():
+        assert gradient is None or torch.allclose(gradient, gradients[name], rtol=1e-4, atol=1e-7), name
+    documents = [document_inputs(*document) for document in documents_of(row())]
+    sums = [trainer.compute_loss(engines.peft, inputs, num_items_in_batch=1).item() for inputs in documents]
+    assert sum(sums) == pytest.approx(engines.other.loss_sum(row()).item(), rel=1e-5)
+    assert sum(sums) == pytest.approx(20 * expected.item(), rel=1e-5)
 
 
 def test_losses_and_steps_are_the_native_engines(engines: SimpleNamespace, tmp_path: Path) -> None:
@@ -168,7 +222,7 @@ def test_losses_and_steps_are_the_native_engines(engines: SimpleNamespace, tmp_p
     native.export(tmp_path / "start")
     engines.peft.load_adapter(tmp_path / "start", "default", is_trainable=True)
     assert all(p.requires_grad for n, p in engines.peft.named_parameters() if "lora_" in n)
-    other = UnslothEngine(engines.peft, engines.plan, other.spec, Path(engines.plan.model))
+    other = UnslothEngine(engines.trainer, engines.plan, other.spec, Path(engines.plan.model))
     batches = [row(), row()]
     assert other.loss_sum(row()).item() == pytest.approx(native.loss_sum(row()).item(), rel=1e-5)
     for step in range(4):
@@ -210,7 +264,8 @@ def test_generation_leaves_checkpointing_as_the_plan_has_it(engines: SimpleNames
     )
     for recompute, wanted in (("none", False), ("layer", "unsloth")):
         plan = engines.plan.model_copy(update={"recompute": recompute})
-        engine = UnslothEngine(engines.peft, plan, engines.other.spec, Path(plan.model), switch)
+        engine = UnslothEngine(engines.trainer, plan, engines.other.spec, Path(plan.model), switch)
+        assert seen[-1:] == [wanted]  # Unsloth's SFTTrainer leaves a model as for inference
         engine.generate([5, 6], 2, [1])
         assert seen[-2:] == ["inference", wanted]
         assert "packing is off (--pack has no effect)" in engine.describe()
@@ -229,9 +284,9 @@ def test_what_unsloth_is_asked_for(
         def from_pretrained(
             model_name: str, *, max_seq_length: int, dtype: torch.dtype, load_in_4bit: bool, load_in_8bit: bool,
             full_finetuning: bool, use_gradient_checkpointing: object, random_state: int,
-        ) -> tuple[object, None]:
+        ) -> tuple[object, object]:
             asked["load"] = {"four": load_in_4bit, "eight": load_in_8bit, "full": full_finetuning}
-            return model, None
+            return model, AutoTokenizer.from_pretrained(tiny_model)
 
         @staticmethod
         def get_peft_model(
@@ -241,6 +296,20 @@ def test_what_unsloth_is_asked_for(
             asked["peft"] = {"r": r, "targets": target_modules, "checkpointing": use_gradient_checkpointing}
             return get_peft_model(model, LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules))
 
+        @staticmethod
+        def for_training(model: object, *, use_gradient_checkpointing: object) -> None:
+            asked["training"] = {"checkpointing": use_gradient_checkpointing}
+
+    def config(**settings: Any) -> TrainingArguments:
+        asked["sft"] = {name: settings.pop(name) for name in (*SFT_SETTINGS, "max_length")}
+        return TrainingArguments(**settings)
+
+    stack = {
+        "trl": SimpleNamespace(SFTTrainer=Trainer, SFTConfig=config),
+        "datasets": SimpleNamespace(Dataset=SimpleNamespace(from_dict=lambda columns: [columns])),
+    }
+    for name, module in stack.items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(unsloth_engine, "load_unsloth", lambda: SimpleNamespace(FastModel=FastModel))
     monkeypatch.setattr(unsloth_engine.torch.cuda, "is_bf16_supported", lambda: True)
     plan = Plan(model=str(tiny_model), mode="qlora", quantise_base=storage, engine="unsloth", lora_r=4,
@@ -248,6 +317,8 @@ def test_what_unsloth_is_asked_for(
     built = UnslothEngine.build(plan, probe(str(tiny_model)), tiny_model, torch.device("cuda"))
     assert asked["load"] == {"four": four, "eight": eight, "full": False}
     assert asked["peft"] == {"r": 4, "targets": ["q_proj"], "checkpointing": False}
+    assert asked["sft"] == {**SFT_SETTINGS, "max_length": plan.max_seq_length}
+    assert asked["training"] == {"checkpointing": False}
     assert built.device.type == "cpu"
 
 
