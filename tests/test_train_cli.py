@@ -131,6 +131,7 @@ def test_the_folder_kernels_never_poses_as_a_package(place: Path, tmp_path: Path
         ({"engine": "unsloth"}, 3, "--engine unsloth needs the Unsloth engine"),
         ({"mode": "qlora", "quantise_base": "none"}, 2, "--quantise-base none"),
         ({"mode": "full", "quantise_base": "nf4"}, 2, "--mode full trains every weight"),
+        ({"recompute_layers": 2}, 2, "--recompute-layers should be 1 to"),
         ({"optimizer": "adamw_8bit"}, 3, "--optimizer adamw_8bit needs a CUDA GPU"),
         ({"device": "cuda"}, 3, "--device cuda needs a CUDA GPU"),
         ({"data": None}, 2, "--train-data is missing"),
@@ -251,6 +252,14 @@ def test_a_resume_cannot_rename_the_run(tmp_path: Path) -> None:
         open_request({"resume_from_checkpoint": run / "checkpoint-1", "name": "other"}, None, {})
     with pytest.raises(SparktuneError, match=r"holds no plan\.yaml"):
         open_request({"resume_from_checkpoint": tmp_path}, None, {})
+
+
+def test_a_number_of_layers_is_trained_with_and_kept_in_the_plan(session: Callable[..., int]) -> None:
+    assert session(recompute="layer", recompute_layers=2, name="mixed") == 0
+    plan = load_plan(Path("results/mixed/plan.yaml"))
+    assert plan.recompute_choice == "layer:2"
+    assert plan.origins["recompute_layers"] == "flag"
+    assert Path("results/mixed/adapter/adapter_model.safetensors").is_file()
 
 
 def test_the_static_flags_select_the_native_engine(tmp_path: Path) -> None:

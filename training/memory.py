@@ -16,8 +16,8 @@ from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 from sparktune.training.tower import RecomputePolicy
 
 __all__ = [
-    "available_gib", "choose_recompute", "is_unified", "measure_machine", "peak_gib", "reserve_gib",
-    "reset_peak",
+    "available_gib", "check_recompute_layers", "choose_recompute", "is_unified", "measure_machine", "peak_gib",
+    "reserve_gib", "reset_peak",
 ]
 
 GIB = 2**30
@@ -98,6 +98,19 @@ def measure_machine(device: torch.device) -> Machine:
     )
 
 
+def check_recompute_layers(plan: Plan, spec: ModelSpec) -> None:
+    """Refuses a number of layers without the policy and the engine it belongs to.
+
+    Raises:
+        UsageError: that, or more layers than the model has.
+    """
+    layers = plan.recompute_layers
+    if layers is not None and (plan.recompute != "layer" or plan.engine == "unsloth" or layers > spec.num_layers):
+        raise UsageError(
+            f"--recompute-layers should be 1 to {spec.num_layers}, with --recompute layer and the native engine; seen: "
+            f"{layers} with --recompute {plan.recompute} --engine {plan.engine}. Change it or leave it out."
+        )
+
 def choose_recompute(
     plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine
 ) -> tuple[RecomputePolicy, int | None, str]:
@@ -112,16 +125,11 @@ def choose_recompute(
         machine: as measured; `memory_gib` is what is free, the reserve already taken off.
 
     Raises:
-        UsageError: `recompute_layers` without the policy it belongs to, or more of them than the model has.
+        UsageError: as `check_recompute_layers`.
     """
-    layers = plan.recompute_layers
-    if layers is not None and (plan.recompute != "layer" or plan.engine == "unsloth" or layers > spec.num_layers):
-        raise UsageError(
-            f"--recompute-layers should be 1 to {spec.num_layers}, with --recompute layer and the native engine; seen: "
-            f"{layers} with --recompute {plan.recompute} --engine {plan.engine}. Change it or leave it out."
-        )
+    check_recompute_layers(plan, spec)
     if plan.recompute != "auto":
-        return plan.recompute, layers, "as asked for"
+        return plan.recompute, plan.recompute_layers, "as asked for"
     if machine.device == "cpu":
         return "none", None, "a CPU has memory to spare and no cycles"
     if plan.engine == "unsloth":

@@ -31,7 +31,7 @@ from sparktune.training.adapters import read_adapter_config
 from sparktune.training.checkpoint import LoopState
 from sparktune.training.engine_choice import Choice
 from sparktune.training.loop import TrainingLoop
-from sparktune.training.memory import choose_recompute, measure_machine, reset_peak
+from sparktune.training.memory import check_recompute_layers, choose_recompute, measure_machine, reset_peak
 from sparktune.training.merge_gap import write_merge_gap
 from sparktune.training.metrics import MetricsLog
 from sparktune.training.narrator import Narrator
@@ -230,6 +230,7 @@ def _with_engine(plan: Plan, choice: Choice | None, events: Narrator) -> Plan:
 def refuse_unsupported(plan: Plan, spec: ModelSpec, device: torch.device) -> None:
     """Refuses what this version cannot train, in one sentence each."""
     check_base_storage(plan)
+    check_recompute_layers(plan, spec)
     if plan.engine == "unsloth":
         if device.type != "cuda":
             raise PreflightError(

@@ -89,7 +89,7 @@ def record_training(
         pauses = pauses_of(plan, len(steps))
         book.paces.append(Pace(stage="pauses", chip=chip_of(machine), work=pauses, seconds=round(outside, 2)))
     book.speeds.append(Speed(
-        chip=chip_of(machine), engine=plan.engine, mode=plan.mode, dtype=plan.dtype, recompute=plan.recompute,
+        chip=chip_of(machine), engine=plan.engine, mode=plan.mode, dtype=plan.dtype, recompute=plan.recompute_choice,
         parameters=spec.parameters, flop_per_s=speed * flop, source="own", origin=f"this machine, run {run.name}",
     ))
     _save(book)

@@ -225,6 +225,11 @@ class Plan(_Strict):
     kernels: dict[str, str] = Field(default_factory=dict, json_schema_extra={"flags": None})
     """The implementation chosen for each op, with its reason; written when the model is built."""
 
+    @property
+    def recompute_choice(self) -> str:
+        """Policy and number of layers in a word: auto, none, norms, layer, layer:8, all."""
+        return self.recompute if self.recompute_layers is None else f"{self.recompute}:{self.recompute_layers}"
+
 
 class ModelSpec(_Strict):
     """The shape of a causal language model, read from its config.json alone."""

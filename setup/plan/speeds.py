@@ -142,7 +142,7 @@ def rate_for(plan: Plan, spec: ModelSpec, machine: Machine, book: Sequence[Speed
         chosen = [s for s in known if s.source == source]
         if chosen:
             break
-    alike = [s for s in chosen if s.recompute == plan.recompute] if plan.recompute != "auto" else []
+    alike = [s for s in chosen if s.recompute == plan.recompute_choice] if plan.recompute != "auto" else []
     chosen = alike or chosen
     low, high = _SPREAD[chosen[0].source]
     if notes:
