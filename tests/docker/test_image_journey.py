@@ -81,7 +81,7 @@ def person(engine: Any) -> Iterator[Person]:
     # as root, once a machine; where a run was made on this machine there is nothing to do
     subprocess.run([ROOT / "scripts" / "venv.sh", "wizard"], check=True, stdout=subprocess.DEVNULL)
     # not pytest's folder, whose parents nobody but root may pass
-    with tempfile.TemporaryDirectory(prefix="sparktune-person-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sparktune-person-", ignore_cleanup_errors=True) as folder:
         yield Person(engine, Path(folder))
 
 
