@@ -136,7 +136,7 @@ def test_plan_and_dry_run_say_the_same(place: Path) -> None:
     assert shlex.split(told["replay"])[0].endswith("run.sh")
     shown = call(place, "plan", "--data", "d.jsonl", "--model", "tiny")
     assert "--pack-length" in shown.stdout
-    assert "recommendation" in shown.stdout
+    assert "recommended" in shown.stdout
     assert not (place / "results").exists()
 
 
