@@ -81,7 +81,8 @@ def _one(number: int, arguments: argparse.Namespace, place: Path) -> dict[str, A
     report = DatasetReport.model_validate_json(run.data_report.read_text(encoding="utf-8"))
     spec, machine = probe(plan.model), detect_machine(plan.device, place)
     plan = apply(plan, recommend(plan, spec, report, machine))
-    plan = plan.model_copy(update={"recompute": cheapest_policy(plan, spec, report, machine)[0].policy})
+    chosen = cheapest_policy(plan, spec, report, machine)[0]
+    plan = plan.model_copy(update={"recompute": chosen.policy, "recompute_layers": chosen.layers})
     save_plan(plan, run.plan)
     before = run_eta(plan, spec, report, machine).stage("train")
     train = str(ROOT / "train.py")
