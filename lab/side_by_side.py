@@ -24,9 +24,6 @@ from typing import Any
 from sparktune.lab.documents import Documents, add_document_flags, documents_of
 from sparktune.setup.plan.rundir import cache_dir
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
@@ -173,6 +170,8 @@ def measure(options: argparse.Namespace, variant: str, run: Any, documents: Docu
 def main() -> None:
     """Runs one process's variants and prints a row each."""
     options = parse()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.variant.startswith("unsloth"):
         import_module("unsloth")  # it must come before transformers
     import torch

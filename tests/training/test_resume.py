@@ -194,7 +194,7 @@ def test_what_a_resume_refuses_and_repairs(
 def test_a_second_signal_aborts(
     session: Session, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = TrainingLoop._step
+    whole = TrainingLoop.step
 
     def step(loop: TrainingLoop) -> None:
         if loop.state.step == 4:
@@ -202,7 +202,7 @@ def test_a_second_signal_aborts(
             os.kill(os.getpid(), signal.SIGTERM)
         whole(loop)
 
-    monkeypatch.setattr(TrainingLoop, "_step", step)
+    monkeypatch.setattr(TrainingLoop, "step", step)
     code, _, err = session(*flags, "--name", "aborted")
     assert code == 130
     assert "Aborted" in err
