@@ -228,6 +228,7 @@ def test_no_space_for_the_intermediate_is_said_before_anything_is_written(
     class Disk:
         free = 10 * 2**20
 
+    converter_sources(NullEvents())  # fetched while there is room: the refusal meant here is the export's
     monkeypatch.setattr("sparktune.setup.export.gguf_export.build_tools", lambda events: None)
     monkeypatch.setattr(outfolder.shutil, "disk_usage", lambda path: Disk)
     with pytest.raises(PreflightError, match=r"q4_k_m \d+\.\d MiB, bf16 in between \d+\.\d MiB.* 10\.0 MiB is free"):
