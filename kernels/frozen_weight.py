@@ -9,6 +9,7 @@ Legend: N rows of a group (outputs), K columns (inputs), n rows of one projectio
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,14 +21,14 @@ from torch.autograd.function import once_differentiable
 __all__ = ["FrozenWeight", "Int8Rows", "PlainRows", "StoredRows", "dense", "frozen_linear"]
 
 
-class StoredRows(nn.Module):
+class StoredRows(nn.Module, ABC):
     """One projection's weight [n, K] as it is stored; buffers only."""
 
     n_rows: int
 
+    @abstractmethod
     def widen(self, out: torch.Tensor) -> None:
         """Writes the weight into `out` [n, K], contiguous, of the compute type."""
-        raise NotImplementedError
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor | None:
         """Returns the weight [n, K] in a fresh tensor if that spares a copy, else None."""

@@ -16,7 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["SHARED_LIMIT", "SM_COUNT", "TILES", "Tile", "choose_tile", "sm121a_matmul", "sm121a_matmul_kernel"]
+__all__ = [
+    "GROUP_M", "SHARED_LIMIT", "SM_COUNT", "TILES", "Tile", "choose_tile", "grouped_tile", "sm121a_matmul",
+    "sm121a_matmul_kernel",
+]
 
 SHARED_LIMIT = 101_376
 """Bytes of shared memory that one block may use on sm_121a."""
@@ -58,17 +61,21 @@ TILES = (
 
 
 @triton.jit
+def grouped_tile(i_p, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Returns (row, column) of program i_p's tile of [M, N]: GROUP rows of tiles go along the same columns."""
+    n_m, n_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = i_p // (GROUP * n_n) * GROUP
+    size = tl.minimum(n_m - first, GROUP)
+    return first + i_p % (GROUP * n_n) % size, i_p % (GROUP * n_n) // size
+
+
+@triton.jit
 def sm121a_matmul_kernel(
     a, b, c, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_cm,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):
     """Grid (cdiv(M, BM) * cdiv(N, BN),): a program owns BM x BN of c, in groups of GROUP tiles of M."""
-    i_p = tl.program_id(0)
-    n_m, n_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = i_p // (GROUP * n_n) * GROUP
-    size = tl.minimum(n_m - first, GROUP)
-    i_m = first + i_p % (GROUP * n_n) % size
-    i_n = i_p % (GROUP * n_n) // size
+    i_m, i_n = grouped_tile(tl.program_id(0), M, N, BM, BN, GROUP)
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
     o_k = tl.arange(0, BK)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,7 +13,7 @@ from sparktune.setup import strings
 from sparktune.setup.machine.speedbook import load_book, record_pace, record_training
 from sparktune.setup.plan.errors import SparktuneError
 from sparktune.setup.plan.eta import Calibration, Eta, duration, estimate, rented
-from sparktune.setup.plan.memory import adapter_parameters
+from sparktune.setup.plan.memory import checkpoint_bytes
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
@@ -26,24 +25,14 @@ _LONG_S = 3600.0
 """A run that may take longer is rehearsed first, unless the user says otherwise."""
 
 
-def _hub_folder(model: str) -> Path:
-    home = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    return cache / f"models--{model.replace('/', '--')}" / "snapshots"
-
-
 def _download_bytes(plan: Plan, spec: ModelSpec) -> float:
     """Weights that are not here yet: those of a hub id without any safetensors file in the hub's cache."""
-    if Path(plan.model).exists() or any(_hub_folder(plan.model).glob("*/*.safetensors")):
+    if Path(plan.model).exists():
         return 0.0
-    return spec.parameters * 2.0
+    from huggingface_hub import constants, file_download  # slow to import, and only wanted for a hub id
 
-
-def _save_bytes(plan: Plan, spec: ModelSpec) -> float:
-    """A checkpoint: masters, two moments, and what is exported with it."""
-    if plan.mode == "full":
-        return spec.parameters * 14.0
-    return adapter_parameters(spec, plan.lora_r or 16, plan.target_modules) * 16.0
+    folder = Path(constants.HF_HUB_CACHE) / file_download.repo_folder_name(repo_id=plan.model, repo_type="model")
+    return 0.0 if any((folder / "snapshots").glob("*/*.safetensors")) else spec.parameters * 2.0
 
 
 def run_eta(
@@ -53,7 +42,7 @@ def run_eta(
     book = load_book()
     return estimate(
         plan, spec, report, machine, stages=stages_of(plan)[1:], book=book.speeds, paces=book.paces,
-        calibration=calibration, download_bytes=_download_bytes(plan, spec), save_bytes=_save_bytes(plan, spec),
+        calibration=calibration, download_bytes=_download_bytes(plan, spec), save_bytes=checkpoint_bytes(plan, spec),
     )
 
 

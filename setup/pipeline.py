@@ -236,8 +236,9 @@ def run_pipeline(
                 console.print(plan_table(plan, recommendations, console.width))
                 display.say(strings.RUN_BEGINS.format(name=run.name, folder=run.root))
                 display.say(strings.REPLAY.format(command=replay_command(plan)))
-                _announce_time(plan, run, analysis, display, stop)
-                _run_stages(plan, run, lock, display, stop, image=image.for_later() if image else None)
+                later = image.for_later() if image else None
+                _announce_time(plan, run, analysis, display, stop, later)
+                _run_stages(plan, run, lock, display, stop, image=later)
             if card:
                 show_result(plan, run, json_out)
             return ExitCode.OK
@@ -248,7 +249,9 @@ def run_pipeline(
         return error.exit_code
 
 
-def _announce_time(plan: Plan, run: RunDir, analysis: Analysis, display: Display, stop: StopSignals) -> None:
+def _announce_time(
+    plan: Plan, run: RunDir, analysis: Analysis, display: Display, stop: StopSignals, image: ImageOptions | None
+) -> None:
     """Says what the run will take; where that is worth it, after some of its steps were timed here.
 
     Raises:
@@ -260,7 +263,8 @@ def _announce_time(plan: Plan, run: RunDir, analysis: Analysis, display: Display
     if not wants_calibration(plan, eta):
         return
     display.say(strings.CALIBRATING)
-    backend, _ = choose_backend(plan)
+    backend, _ = choose_backend(plan, image)
+    _make_ready(backend, display, stop)
     try:
         StageRunner(plan, run, backend, display, stop, analysis.lock).stage("calibrate", 1, 1)
     except StageFailed as failure:
@@ -338,7 +342,8 @@ def _run_stages(
     backend, _ = choose_backend(plan, image)
     _make_ready(backend, display, stop)
     state, stages = RunState(run), stages_of(plan)
-    display.budget_gib = detect_machine(plan.device, plan.output).memory_gib
+    machine = detect_machine(plan.device, plan.output)
+    display.budget_gib = machine.memory_gib
     runner = StageRunner(plan, run, backend, display, stop, lock)
     before: list[str] = []
     for number, stage in enumerate(stages, 1):
@@ -361,7 +366,7 @@ def _run_stages(
                 raise SparktuneError(strings.NO_OUTPUT.format(stage=stage, path=missing, log=run.log))
             plan = load_plan(run.plan)  # training writes what it decided itself: kernels, recompute policy
             state.finish(stage, stage_input(stage, plan, before), output_hash, seconds)
-            remember(stage, seconds, plan, run, detect_machine(plan.device, plan.output))
+            remember(stage, seconds, plan, run, machine)
             if stop.count and stage != stages[-1]:
                 between = StageFailed(stage, int(ExitCode.INTERRUPTED))
                 _how_to_go_on(display, run, between)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from statistics import median
 from typing import Any
 
@@ -14,6 +13,7 @@ from sparktune.setup import strings
 from sparktune.setup.estimate import eta_table, run_eta
 from sparktune.setup.machine.detect import detect_machine
 from sparktune.setup.machine.speedbook import steady_tok_per_s
+from sparktune.setup.machine.symptoms import read_metrics
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.recommend import planned_steps
 from sparktune.setup.plan.rundir import RunDir
@@ -38,10 +38,6 @@ def slow_ops(plan: Plan) -> list[str]:
     return [op for op, reason in plan.kernels.items() if reason.startswith("reference")]
 
 
-def _rows(run: RunDir) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-
-
 def _figures(plan: Plan, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     losses = [r["loss"] for r in rows if r.get("loss") is not None]
     norms = [r["grad_norm"] for r in rows if r.get("grad_norm") is not None]
@@ -64,7 +60,7 @@ def _figures(plan: Plan, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def show_trial(plan: Plan, run: RunDir, console: Console) -> None:
     """Prints what a finished trial showed and the command of the whole run."""
-    rows = _rows(run)
+    rows = read_metrics(run.metrics)
     table = Table(title=strings.TRIAL_TITLE.format(steps=plan.max_steps, name=run.name), title_justify="left",
                   box=None, pad_edge=False, show_header=False)
     for name, text in _figures(plan, rows):
@@ -89,10 +85,7 @@ def show_trial(plan: Plan, run: RunDir, console: Console) -> None:
 
 def _answers(run: RunDir) -> list[tuple[str, str, str]]:
     """(prompt, the base's answer, the tuned model's) of each sample prompt."""
-    if not run.samples.is_file():
-        return []
     by_prompt: dict[str, list[str]] = {}
-    for line in run.samples.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_metrics(run.samples):
         by_prompt.setdefault(row["prompt"], []).append(row["answer"])
     return [(p[:_ANSWER], a[0][:_ANSWER], a[-1][:_ANSWER]) for p, a in by_prompt.items() if len(a) > 1]

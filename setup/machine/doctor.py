@@ -19,7 +19,7 @@ from sparktune.setup.machine.detect import existing_parent, host_memory_gib, nvi
 from sparktune.setup.machine.host_checks import hub_answers
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
 from sparktune.setup.plan.exports import BYTES_PER_WEIGHT, check_exports, written_types
-from sparktune.setup.plan.memory import adapter_parameters
+from sparktune.setup.plan.memory import adapter_parameters, checkpoint_bytes
 from sparktune.setup.plan.models import is_adapter_folder, probe, resolve_model_dir
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.setup.plan.weights import safetensors_index
@@ -41,11 +41,11 @@ def disk_by_stage(plan: Plan, spec: ModelSpec, base_gib: float | None = None) ->
     """
     parameters_gib = spec.parameters / _GIB
     if plan.mode == "full":
-        # bf16 result, fp32 master and two fp32 moments a checkpoint; one more while it is being written
-        train = parameters_gib * (2 + 14 * (plan.keep_checkpoints + 1))
+        result = spec.parameters * 2
     else:
-        adapter_gib = adapter_parameters(spec, plan.lora_r or 32, plan.target_modules) / _GIB
-        train = adapter_gib * (4 + 16 * (plan.keep_checkpoints + 1))
+        result = adapter_parameters(spec, plan.lora_r or 32, plan.target_modules) * 4
+    # one checkpoint more than are kept, while it is being written
+    train = (result + checkpoint_bytes(plan, spec) * (plan.keep_checkpoints + 1)) / _GIB
     return {
         "train": train, "merge": parameters_gib * 2 if base_gib is None else base_gib,
         "gguf": sum(parameters_gib * BYTES_PER_WEIGHT.get(kind, 1.0) for kind in written_types(plan.gguf)),

@@ -6,13 +6,13 @@ An unreadable one counts as empty: estimates then fall back on what is built in.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sparktune.setup.machine.symptoms import read_metrics
 from sparktune.setup.plan.arithmetic import training_flop
 from sparktune.setup.plan.eta import Pace, filled_share, pauses_of, work_of
 from sparktune.setup.plan.outfolder import write_durably
@@ -73,10 +73,7 @@ def record_training(
     plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine, run: RunDir, seconds: float
 ) -> None:
     """Remembers the speed of a finished training, and what of its `seconds` it spent outside its steps."""
-    try:
-        rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        return
+    rows = read_metrics(run.metrics)
     speed = steady_tok_per_s(rows)
     if speed is None or plan.engine == "auto" or plan.mode == "auto":
         return

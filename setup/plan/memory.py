@@ -34,7 +34,7 @@ from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 
 __all__ = [
     "ADAPTED", "HEAD_CHUNK_ROWS", "PeakEstimate", "Policy", "adapter_parameters", "cheapest_policy", "check_fits",
-    "longest_row_tokens", "predict_peak", "projection_shapes",
+    "checkpoint_bytes", "longest_row_tokens", "predict_peak", "projection_shapes",
 ]
 
 GIB = 2**30
@@ -140,6 +140,16 @@ def adapter_parameters(spec: ModelSpec, rank: int, targets: list[str] | None = N
     """Returns the parameters of LoRA adapters of `rank` on `targets` (all large projections when None)."""
     wanted = set(targets or ADAPTED)
     return sum(n * rank * (i + o) for name, (n, i, o) in projection_shapes(spec).items() if name in wanted)
+
+
+def checkpoint_bytes(plan: Plan, spec: ModelSpec) -> int:
+    """Returns the bytes of one checkpoint: the exported result, fp32 masters and two fp32 moments.
+
+    A rank that is still open counts as 32, a mode that is still open as LoRA.
+    """
+    if plan.mode == "full":
+        return spec.parameters * 14
+    return adapter_parameters(spec, plan.lora_r or 32, plan.target_modules) * 16
 
 
 def longest_row_tokens(plan: Plan, report: DatasetReport) -> int:

@@ -15,11 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from sparktune.kernels.sm121a_matmul import SHARED_LIMIT
+from sparktune.kernels.sm121a_matmul import GROUP_M, SHARED_LIMIT, grouped_tile
 
 __all__ = ["LoraTile", "fused_lora", "fused_lora_kernel"]
-
-GROUP_M = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +42,7 @@ def fused_lora_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr,
 ):
     """Grid (cdiv(M, BM) * cdiv(N, BN),): a program owns BM x BN of y; last dimensions are contiguous."""
-    i_p = tl.program_id(0)
-    n_m, n_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = i_p // (GROUP * n_n) * GROUP
-    size = tl.minimum(n_m - first, GROUP)
-    i_m = first + i_p % (GROUP * n_n) % size
-    i_n = i_p % (GROUP * n_n) // size
+    i_m, i_n = grouped_tile(tl.program_id(0), M, N, BM, BN, GROUP)
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
     o_k, o_r = tl.arange(0, BK), tl.arange(0, R)
