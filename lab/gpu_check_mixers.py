@@ -1,6 +1,7 @@
 """On a GPU: attention and the gated delta rule right first, then timed beside PyTorch's and fla's.
 
-usage: python -m sparktune.lab.gpu_check_mixers [--only NAME] [--seeds 20] [--no-time] [--out CSV] [--errors CSV]
+usage: python -m sparktune.lab.gpu_check_mixers [--only NAME] [--seeds 20] [--value-heads N] [--no-time] [--out CSV]
+           [--errors CSV]
 
 Correctness: odd documents, grouped heads, a window; bf16 against fp64. Attention's error is at most 1.05x (RMS) and
 1.5x (largest) the bf16 reference's. The delta rule's reference computes in fp32 throughout, which no tensor-core form
@@ -184,11 +185,13 @@ def check_attention(seeds: int) -> tuple[set[str], list[Row]]:
     return right, rows
 
 
-def check_delta_rule(seeds: int) -> tuple[set[tuple[str, bool]], list[Row]]:
+def check_delta_rule(seeds: int, value_heads_only: int | None = None) -> tuple[set[tuple[str, bool]], list[Row]]:
     """Prints every candidate's relative RMS error; returns the (candidate, with grouped heads) right, and the rows."""
     right = {(name, grouped) for name in DELTA_RULE for grouped in (False, True)}
     rows: list[Row] = []
     for lengths, key_heads, value_heads in DELTA_RULE_CASES:
+        if value_heads_only not in (None, value_heads):
+            continue
         shape = f"{lengths} heads {key_heads}/{value_heads}"
         runs = seeds if sum(lengths) < 1000 else 2  # the long case takes most of the time
         trial = Trial(partial(delta_rule_inputs, sum(lengths), key_heads, value_heads),
@@ -316,10 +319,12 @@ def main() -> int:
     parser.add_argument("--errors", type=Path, help="CSV of every output's and gradient's error")
     parser.add_argument("--only", choices=("attention", "delta_rule"), help="one of the two ops")
     parser.add_argument("--no-time", action="store_true", help="correctness only")
+    parser.add_argument("--value-heads", type=int, help="of the delta rule's cases only those with so many; no times")
     options = parser.parse_args()
     start = time.time()
     right_attention, found = check_attention(options.seeds) if options.only != "delta_rule" else (set(), [])
-    right_rule, more = check_delta_rule(options.seeds) if options.only != "attention" else (set(), [])
+    right_rule, more = (check_delta_rule(options.seeds, options.value_heads) if options.only != "attention"
+                        else (set(), []))
     if options.errors is not None:
         append_rows(options.errors, [{**machine_row(), **row} for row in (*found, *more)])
     print(f"correctness took {time.time() - start:.0f} s", flush=True)
@@ -331,7 +336,7 @@ def main() -> int:
     if red:
         print(f"nothing is timed on red: {', '.join(red)}", file=sys.stderr)
         return 1
-    if options.no_time:
+    if options.no_time or options.value_heads:
         return 0
     rows = (bench_attention(right_attention) if options.only != "delta_rule" else [])
     rows += bench_delta_rule(right_rule) if options.only != "attention" else []

@@ -1,6 +1,7 @@
 """The lossless A/B rig: the same weights, data, order, optimiser and seed through several engines, loss by loss.
 
-usage: python -m lab.lossless [--size 2B] [--lengths 700,613,771] [--steps 30] [--accum 1] [--variants A,B] [--csv FILE]
+usage: python -m lab.lossless [--size 2B] [--lengths 700,613,771] [--steps 30] [--accum 1] [--seeds 7,8]
+                              [--variants A,B] [--csv FILE]
 Variants: fp32 (our references in float32: the truth), fused (our kernels in bf16), reference (our references in bf16),
 hf (transformers + PEFT, plain bf16), hf_fp32 (the same in float32, a check of the truth itself), unsloth (under bf16
 autocast; run it beside fp32 only, because importing it changes what transformers computes).
@@ -37,7 +38,7 @@ def native_losses(a: argparse.Namespace, folder: Path, variant: str) -> Losses:
     engine = build_engine(folder, rank=a.rank, full=False, recompute="norms" if variant == "fused" else "none",
                           dtype="float32" if variant == "fp32" else "bfloat16",
                           ops=None if variant == "fused" else reference_ops())
-    batches = micro_batches(a.lengths, a.supervised, a.accum, torch.device("cuda"))
+    batches = micro_batches(a.lengths, a.supervised, a.accum, torch.device("cuda"), seed=a.seed)
     n_supervised = sum(b.supervised_tokens for b in batches)
     losses = []
     for step in range(a.steps):
@@ -67,7 +68,7 @@ def peer_losses(a: argparse.Namespace, folder: Path, variant: str) -> Losses:
         model = (unsloth_model if variant == "unsloth" else hf_model)(a, folder, variant, adapter)
     model.train()
     rows = [(ids[None].cuda(), labels[None].cuda()) for i in range(a.accum)
-            for ids, labels in random_documents(a.lengths, a.supervised, seed=7 + i)]
+            for ids, labels in random_documents(a.lengths, a.supervised, seed=a.seed + i)]
     counts = [int((labels[:, 1:] != -100).sum()) for _, labels in rows]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=a.learning_rate, weight_decay=0.01, fused=True)
@@ -122,6 +123,27 @@ def unsloth_model(a: argparse.Namespace, folder: Path, variant: str, adapter: Pa
     return model
 
 
+def one_seed(a: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
+    """Trains every variant on the documents of `a.seed`, prints the deviations and returns a row each."""
+    losses = {}
+    for variant in a.variants:
+        losses[variant] = (peer_losses if variant.startswith(("hf", "unsloth")) else native_losses)(a, folder, variant)
+        gc.collect()
+        torch.cuda.empty_cache()
+    truth = losses["fp32"]
+    rows: list[dict[str, object]] = []
+    for variant, values in losses.items():
+        deviations = [abs(x - t) for x, t in zip(values, truth, strict=True)]
+        rows.append({**machine_row(), "size": a.size, "lengths": "+".join(map(str, a.lengths)), "steps": a.steps,
+                     "seed": a.seed, "variant": variant, "max_deviation": f"{max(deviations):.3e}",
+                     "mean_deviation": f"{sum(deviations) / len(deviations):.3e}", "first_loss": f"{values[0]:.6f}",
+                     "last_loss": f"{values[-1]:.6f}", "losses": json.dumps([round(x, 6) for x in values]),
+                     "learning_rate": a.learning_rate, **command_row()})
+        print(f"seed {a.seed} {variant:10s} max {max(deviations):.3e} mean {sum(deviations) / len(deviations):.3e}  "
+              + " ".join(f"{x:.4f}" for x in values[:: max(1, len(values) // 8)]), flush=True)
+    return rows
+
+
 def main() -> None:
     """Runs the variants and prints their deviations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,6 +154,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--supervised", type=float, default=0.35)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--seeds", type=lambda s: [int(n) for n in s.split(",")], default=[7], help="of the documents")
     parser.add_argument("--variants", type=lambda s: s.split(","), default=["fp32", "fused", "reference", "hf"])
     parser.add_argument("--folder", type=Path, default=cache_dir("bench"))
     parser.add_argument("--csv", type=Path)
@@ -142,24 +165,11 @@ def main() -> None:
         import_module("unsloth")  # it must come before transformers
     torch.backends.cuda.matmul.allow_tf32 = False
     folder = make_model(a.folder / a.size, a.size)
-    losses = {}
-    for variant in a.variants:
-        losses[variant] = (peer_losses if variant.startswith(("hf", "unsloth")) else native_losses)(a, folder, variant)
-        gc.collect()
-        torch.cuda.empty_cache()
-    truth = losses["fp32"]
-    rows = []
-    for variant, values in losses.items():
-        deviations = [abs(x - t) for x, t in zip(values, truth, strict=True)]
-        rows.append({**machine_row(), "size": a.size, "lengths": "+".join(map(str, a.lengths)), "steps": a.steps,
-                     "variant": variant, "max_deviation": f"{max(deviations):.3e}",
-                     "mean_deviation": f"{sum(deviations) / len(deviations):.3e}", "first_loss": f"{values[0]:.6f}",
-                     "last_loss": f"{values[-1]:.6f}", "losses": json.dumps([round(x, 6) for x in values]),
-                     "learning_rate": a.learning_rate, **command_row()})
-        print(f"{variant:10s} max {max(deviations):.3e} mean {sum(deviations) / len(deviations):.3e}  "
-              + " ".join(f"{x:.4f}" for x in values[:: max(1, len(values) // 8)]))
-    if a.csv:
-        append_rows(a.csv, rows)
+    for seed in a.seeds:
+        a.seed = seed
+        rows = one_seed(a, folder)
+        if a.csv:
+            append_rows(a.csv, rows)
 
 
 if __name__ == "__main__":

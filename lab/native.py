@@ -34,9 +34,10 @@ def build_engine(folder: Path, *, rank: int, full: bool, recompute: str, dtype: 
     return NativeEngine.build(plan, probe(str(folder)), folder, torch.device(device), ops)
 
 
-def micro_batches(lengths: list[int], supervised: float, accum: int, device: torch.device) -> list[MicroBatch]:
+def micro_batches(lengths: list[int], supervised: float, accum: int, device: torch.device,
+                  seed: int = 7) -> list[MicroBatch]:
     """Returns `accum` micro-batches of documents of these lengths, the tokens that the peers get."""
-    return [documents_row(random_documents(lengths, supervised, seed=7 + i)).to(device) for i in range(accum)]
+    return [documents_row(random_documents(lengths, supervised, seed=seed + i)).to(device) for i in range(accum)]
 
 
 def documents_row(documents: list[tuple[torch.Tensor, torch.Tensor]], pad_to: int | None = None) -> MicroBatch:
