@@ -19,8 +19,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from sparktune.setup.export.gguf_header import read_gguf_header
 from sparktune.setup.export.gguf_map import KNOWN_ARCHS, Array, from_gguf, is_identity, neutral_name, to_gguf
 from sparktune.setup.export.rounding import FLOAT_BYTES, to_float32
+from sparktune.setup.plan.errors import SparktuneError
 from sparktune.setup.plan.weights import safetensors_header, safetensors_index
 
 __all__ = ["error_bound", "relative_rms"]
@@ -50,6 +52,7 @@ class _Gguf:
     """A GGUF file through the pinned reader."""
 
     def __init__(self, path: Path) -> None:
+        read_gguf_header(path)  # the package's reader trusts every count it finds
         self._gguf = importlib.import_module("gguf")
         self._quants = importlib.import_module("gguf.quants")
         self.reader = self._gguf.GGUFReader(path)
@@ -237,7 +240,11 @@ def main(argv: list[str]) -> int:
     """Runs one job described by a JSON file and writes the JSON answer. Returns the exit code."""
     job, request, out = argv
     work = {"check": check, "answer": answer}[job]
-    result = work(json.loads(Path(request).read_text(encoding="utf-8")))
+    try:
+        result = work(json.loads(Path(request).read_text(encoding="utf-8")))
+    except SparktuneError as error:
+        print(error)
+        return int(error.exit_code)
     Path(out).write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
     return 0
 
