@@ -31,21 +31,31 @@ from sparktune.setup.plan.schema import ModelSpec
 from sparktune.training.batch import MicroBatch
 from sparktune.training.tower import TextTower
 
-__all__ = ["MtpHead", "embedded_tokens", "load_head"]
+__all__ = ["MtpHead", "embedded_tokens", "last_rows", "load_head"]
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def embedded_tokens(batch: MicroBatch, ahead: int) -> torch.Tensor:
+def last_rows(batch: MicroBatch) -> torch.Tensor:
+    """Returns int64 [T]: for every row the last one of its document; made where the batch lies, nothing waits."""
+    ends = batch.cu_seqlens[1:].long()
+    here = torch.arange(batch.ids.shape[0], device=batch.ids.device)
+    return ends[torch.bucketize(here, ends, right=True)] - 1
+
+
+def embedded_tokens(batch: MicroBatch, ahead: int, last: torch.Tensor) -> torch.Tensor:
     """Returns ids [T]: for row t the token at t + ahead of the same document, or the document's last token.
 
     The last `ahead` rows of a document have no such token. They get one of their own document, so that nothing of the
     next one is ever read; no other row sees them (attention is causal) and none is drafted from.
+
+    Args:
+        batch: the documents.
+        ahead: tokens ahead.
+        last: `last_rows(batch)`.
     """
-    lengths = torch.diff(batch.cu_seqlens_cpu.long())
-    last = torch.repeat_interleave(batch.cu_seqlens_cpu[1:].long() - 1, lengths)
-    index = torch.minimum(torch.arange(last.shape[0]) + ahead, last)
-    return batch.ids[index.to(batch.ids.device, non_blocking=True)]
+    here = torch.arange(batch.ids.shape[0], device=batch.ids.device)
+    return batch.ids[torch.minimum(here + ahead, last)]
 
 
 class MtpHead(nn.Module):
@@ -162,10 +172,10 @@ class MtpHead(nn.Module):
         attn = self.self_attn
         made: list[torch.Tensor] = []
         past: tuple[torch.Tensor, torch.Tensor] | None = None
-        keys, values = [], []
+        keys, values, last = [], [], last_rows(batch)
         for k in range(1, depth + 1):
             cos, sin = rotary_tables(batch.position_ids + (k - 1), inv_freq)
-            u = self.enter(F.embedding(embedded_tokens(batch, k), embedding), made[-1] if made else hidden)
+            u = self.enter(F.embedding(embedded_tokens(batch, k, last), embedding), made[-1] if made else hidden)
             query, key, value, gate = self.project(u, cos, sin)
             if past is None:
                 past = (key, value)

@@ -15,6 +15,7 @@ Legend: K depths, S_k rows of depth k, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -111,19 +112,17 @@ class _DraftLosses(torch.autograd.Function):
         wide = working_dtype(base)
         total = torch.zeros((), dtype=wide, device=base.device)
         gradients = [torch.empty(d.shape, dtype=wide, device=d.device) for d in drafts]
-        step = block_rows(weight)
-        for first in range(0, base.shape[0], step):
-            last = min(first + step, base.shape[0])
+        edges = [*range(0, base.shape[0], block_rows(weight)), base.shape[0]]
+        cuts = [torch.searchsorted(places, torch.tensor(edges)).tolist() for places in rows.places]
+        judged = rows.judged or rows.places
+        for block, (first, last) in enumerate(itertools.pairwise(edges)):
             judge = None if kind == "hard" else base[first:last] @ weight.t()
             for k, draft in enumerate(drafts):
-                low, high = torch.searchsorted(rows.places[k], torch.tensor([first, last])).tolist()
+                low, high = cuts[k][block : block + 2]
                 if low == high:
                     continue
                 logits = draft[low:high] @ weight.t()
-                if kind == "hard":
-                    which = rows.labels[k][low:high]
-                else:
-                    which = (rows.places[k][low:high] - first).to(base.device, non_blocking=True)
+                which = rows.labels[k][low:high] if kind == "hard" else judged[k][low:high] - first
                 total += loss_of(judge, logits, which, kind).sum() * scales[k]
                 gradients[k][low:high] = _product(logits, weight) * scales[k]
                 del logits
@@ -178,12 +177,13 @@ def plain_losses(
     wide = working_dtype(hidden)
     total = torch.zeros((), dtype=wide, device=hidden.device)
     log_p = F.linear(hidden.detach()[rows.judges], weight.detach()).to(wide).log_softmax(-1)
-    for m, anchors, places, labels, scale in zip(drafts, rows.anchors, rows.places, rows.labels, scales, strict=True):
+    judged = rows.judged or rows.places
+    for m, anchors, places, labels, scale in zip(drafts, rows.anchors, judged, rows.labels, scales, strict=True):
         log_q = F.linear(m[anchors], weight.detach()).to(wide).log_softmax(-1)
         if kind == "hard":
             total = total + scale * F.nll_loss(log_q, labels, reduction="sum")
             continue
-        judge = log_p[places.to(log_p.device)]
+        judge = log_p[places]
         divergence = (judge.exp() * (judge - log_q)).sum(-1)
         if kind == "lk":
             alpha = torch.minimum(judge.exp(), log_q.exp()).sum(-1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparktune.training.batch import MicroBatch
+from sparktune.training.batch import MicroBatch, to_device
 
 __all__ = ["DraftRows", "draft_rows"]
 
@@ -28,18 +28,20 @@ class DraftRows:
     """Per depth int64 [S_k], on the host: the judge's place in `judges`, sorted."""
     labels: tuple[torch.Tensor, ...]
     """Per depth int64 [S_k]: the document's token t + k + 1."""
+    judged: tuple[torch.Tensor, ...] = ()
+    """`places` on the device of the rest, where `to` has put it."""
 
     def counts(self) -> list[int]:
         """Returns S_k of every depth."""
         return [len(a) for a in self.anchors]
 
     def to(self, device: torch.device) -> DraftRows:
-        """Returns a copy on `device`; `places` stay on the host."""
+        """Returns a copy on `device`, `places` on both."""
         def move(xs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return tuple(x.to(device, non_blocking=True) for x in xs)
+            return tuple(to_device(x, device) for x in xs)
 
-        return DraftRows(judges=self.judges.to(device, non_blocking=True), anchors=move(self.anchors),
-                         places=self.places, labels=move(self.labels))
+        return DraftRows(judges=to_device(self.judges, device), anchors=move(self.anchors), places=self.places,
+                         labels=move(self.labels), judged=move(self.places))
 
 
 def draft_rows(batch: MicroBatch, depth: int) -> DraftRows:

@@ -178,13 +178,16 @@ def _loop(
     path = run.work / "metrics.jsonl"
     with path.open("ab") as log:
         log.truncate(state.metrics_bytes)
+        following = packs.micro_batch(*divmod(state.step, len(packs)))
         while state.step < total:
             started = time.perf_counter()
-            epoch, index = divmod(state.step, len(packs))
-            batch = packs.micro_batch(epoch, index)
+            batch = following
             rate = learning_rate(state.step + 1, peak=run.learning_rate, total_steps=total, warmup=warmup,
                                  shape="cosine")
-            loss = float(trainer.step([batch], rate))
+            waiting = trainer.step([batch], rate)
+            if state.step + 1 < total:  # laid out while the device computes
+                following = packs.micro_batch(*divmod(state.step + 1, len(packs)))
+            loss = float(waiting)
             if loss != loss:
                 raise SparktuneError(f"The MTP head's loss is no number at step {state.step + 1}. Lower "
                                      f"--mtp-learning-rate (now {run.learning_rate:g}).")

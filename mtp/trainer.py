@@ -11,6 +11,7 @@ from sparktune.mtp.head import MtpHead
 from sparktune.mtp.losses import LossKind, depth_weights, draft_losses, plain_losses
 from sparktune.mtp.rows import draft_rows
 from sparktune.training.batch import MicroBatch
+from sparktune.training.graphs import ForwardGraphs
 from sparktune.training.optimiser import MasterAdamW
 from sparktune.training.tower import TextTower
 
@@ -44,6 +45,8 @@ class HeadTrainer:
         tower.eval().requires_grad_(False)
         head.make_trainable()
         self.weights = depth_weights(recipe.depth)
+        self.graphs = ForwardGraphs(tower)
+        """The frozen base's passes, one launch each where they can be."""
         self._optimiser = MasterAdamW(
             list(head.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
             max_grad_norm=recipe.max_grad_norm,
@@ -64,8 +67,10 @@ class HeadTrainer:
             if not len(pairs.judges):
                 continue
             batch = batch_cpu.to(device)
+            graph = self.graphs.find(batch)
             with torch.no_grad():
-                hidden = self.tower(batch)
+                # a graph's hidden states last until its next pass; the backward below is done by then
+                hidden = self.tower(batch) if graph is None else graph.forward(batch)
             drafts = self.head(batch, hidden, self.tower.embed_tokens, self.tower.inv_freq, self.recipe.depth)
             loss = loss_of(drafts, hidden, self.tower.head_weight, pairs.to(device), self.recipe.loss, scales)
             loss.backward()

@@ -6,9 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["IGNORE_INDEX", "MicroBatch"]
+__all__ = ["IGNORE_INDEX", "MicroBatch", "to_device"]
 
 IGNORE_INDEX = -100
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns x on `device` without waiting for it: copies from pageable memory above 64 KiB wait for all work."""
+    if device.type == "cuda" and not x.is_cuda and x.numel():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +48,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """Returns a copy on `device`; `cu_seqlens_cpu` stays on the host."""
-        move = {
-            f: getattr(self, f).to(device, non_blocking=True)
-            for f in ("ids", "position_ids", "cu_seqlens", "supervised_rows", "targets")
-        }
+        move = {f: to_device(getattr(self, f), device)
+                for f in ("ids", "position_ids", "cu_seqlens", "supervised_rows", "targets")}
         return MicroBatch(
             **move, cu_seqlens_cpu=self.cu_seqlens_cpu, max_seqlen=self.max_seqlen, examples=self.examples,
             real_tokens=self.real_tokens,

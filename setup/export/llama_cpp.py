@@ -229,12 +229,14 @@ def child_environment(sources: Path, scratch: Path) -> dict[str, str]:
     """Returns the environment of a process that runs the converter or its gguf package.
 
     llama.cpp's modules come from `sources`, ours from where they are now; it may not ask any network, and it writes no
-    bytecode into the cache. The converter imports its neighbours, so the path is given and PYTHONSAFEPATH is not.
+    bytecode into the cache. The converter imports its neighbours, so the path is given and PYTHONSAFEPATH is not. Of
+    this process's PYTHONPATH goes along what it really imports from itself (a stage of a run has none of it).
     """
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "NO_LOCAL_GGUF", "PYTHONHOME")}
     ours = Path(sparktune.__file__).parents[1]
+    given = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p in sys.path and Path(p).is_absolute()]
     return keep | {
-        "PYTHONPATH": os.pathsep.join([str(sources), str(sources / "gguf-py"), str(ours)]),
+        "PYTHONPATH": os.pathsep.join([str(sources), str(sources / "gguf-py"), str(ours), *given]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

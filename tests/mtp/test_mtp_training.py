@@ -136,6 +136,35 @@ def test_lm_head_opt_changes_no_gradient(loaded: Load, row: Row) -> None:
         assert (gradient - found[1][name]).abs().max() <= 1e-12 * gradient.abs().max(), name
 
 
+class Rerun:
+    """A recorder whose replays run the work again."""
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        work()
+
+    def record(self, work: Callable[[], object]) -> Callable[[], object]:
+        work()
+        return work
+
+
+def test_a_recorded_base_teaches_the_same(loaded: Load, row: Row) -> None:
+    """One recording serves other packings of its length; every step's gradients are those of plain passes."""
+    language, plain, recorded = Language(3, 20), *(HeadTrainer(*loaded(torch.float64), Recipe()) for _ in range(2))
+    assert "CUDA" in plain.graphs.objection
+    recorded.graphs.objection, recorded.graphs.recorder = "", Rerun
+    for seed, cut in enumerate((24, 12, 30, 6, 40)):
+        words = [token for text in language.texts(2, seed) for token in text]
+        batch = row([words[:cut], words[cut:]], [2, 2])
+        assert recorded.graphs.find(batch) is None or seed
+        losses = [float(trainer.forward_backward([batch])) for trainer in (plain, recorded)]
+        assert losses[0] == losses[1], cut
+        found = dict(recorded.named_gradients())
+        for name, gradient in plain.named_gradients():
+            assert gradient is not None
+            assert torch.equal(gradient, found[name]), (name, cut)
+    assert recorded.graphs.find(batch) is recorded.graphs.find(batch) is not None
+
+
 def test_packs_shrink_where_the_data_is_small() -> None:
     assert choose_pack_length([3000] * 24_000) == 8192
     assert choose_pack_length([25] * 50) == 128

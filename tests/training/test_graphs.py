@@ -108,4 +108,4 @@ def test_one_graph_replays_over_other_packings(tmp_path: Path, recompute: str, f
             # Full: eager gradients are rounded to bfloat16 before they reach the sum, replayed ones are not.
             limit = 1e-2 if full else 1e-3
             assert difference < limit, f"{name} differs by {difference:.1e} on documents {lengths}"
-    assert len(graphed.graphs._graphs) == 1, "the graph was never captured"
+    assert len(graphed.graphs.captured) == 1, "the graph was never captured"

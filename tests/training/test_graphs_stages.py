@@ -70,7 +70,7 @@ def test_recorded_passes_give_the_gradients_of_eager_ones(tiny_model: Path, reco
             assert (gradient - got[name]).abs().max() <= 1e-11 * scale + 1e-15, f"{name} on documents {lengths}"
         for engine in (eager, graphed):
             engine.optimiser_step(1e-3)
-    assert len(graphed.graphs._graphs) == 1, "nothing was recorded"
+    assert len(graphed.graphs.captured) == 1, "nothing was recorded"
     weights = dict(graphed.model.named_parameters())
     for name, parameter in eager.model.named_parameters():
         assert torch.allclose(parameter, weights[name], rtol=1e-9, atol=1e-12), name
@@ -93,7 +93,7 @@ def test_bfloat16_weights_add_their_gradients_to_float32_masters(tiny_model: Pat
             for _, gradient in engine.named_gradients():
                 assert gradient is not None
                 gradient.zero_()
-    assert len(graphed.graphs._graphs) == 1, "nothing was recorded"
+    assert len(graphed.graphs.captured) == 1, "nothing was recorded"
 
 
 def test_gradients_stay_where_they_are(tiny_model: Path) -> None:
@@ -114,10 +114,10 @@ def test_a_row_of_more_documents_than_the_tables_hold_is_recorded_again(tiny_mod
     engine = engine_of(tiny_model, full=False, recompute="none", graphs=True)
     for lengths in ([16, 16], [16, 16], [16, 16]):
         engine.graphs.find(row(lengths, 0))
-    first = engine.graphs._graphs[32]
+    first = engine.graphs.captured[32]
     assert first.max_documents == 8
     found = engine.graphs.find(row([2] * 16, 0))
-    assert found is engine.graphs._graphs[32] is not first
+    assert found is engine.graphs.captured[32] is not first
     assert found is not None
     assert found.max_documents == 24
 

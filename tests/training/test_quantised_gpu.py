@@ -36,6 +36,6 @@ def test_graphs_over_a_quantised_base_are_the_eager_passes(tmp_path: Path, stora
             losses[kind].append(engine.forward_backward([batch], batch.supervised_tokens).item())
             engine.optimiser_step(1e-3)
         if kind == "graphs":
-            assert engine.graphs._graphs, engine.graphs.objection
+            assert engine.graphs.captured, engine.graphs.objection
     assert losses["graphs"] == pytest.approx(losses["eager"], rel=1e-3)
     assert losses["eager"] == pytest.approx(losses["dequantised"], rel=2e-3)

@@ -466,6 +466,9 @@ def test_children_see_the_pinned_sources_first_and_no_network(tmp_path: Path, mo
     assert "PYTHONSAFEPATH" not in environment
     assert environment["PYTHONPATH"].split(":")[:2] == [str(tmp_path / "src"), str(tmp_path / "src" / "gguf-py")]
     assert "/somewhere/else" not in environment["PYTHONPATH"]
+    monkeypatch.syspath_prepend("/somewhere/else")  # this process imports from there, so its children may
+    assert llama_cpp.child_environment(tmp_path / "src", tmp_path)["PYTHONPATH"].endswith(":/somewhere/else")
+    monkeypatch.setenv("PYTHONPATH", "")
     assert environment["HF_HUB_OFFLINE"] == "1"
     code = "import gguf, sparktune; print(gguf.__file__)"
     sources = llama_cpp.converter_sources(NullEvents())
