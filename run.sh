@@ -5,25 +5,25 @@ set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 
 # The light environment asks, plans and shows; it has no torch. Runs on this machine itself need the other one.
-environment=wizard
-[ "${SPARKTUNE_BACKEND:-}" != local ] || environment=local
-previous=
+demo=false flag='' file='' previous=''
 for argument in "$@"; do
   case $argument in
-    --demo | --backend=local) environment=local ;;
-    --backend=*) environment=wizard ;;
+    --demo) demo=true ;;
+    --backend=*) flag=${argument#--backend=} ;;
     --config=*) previous=--config argument=${argument#--config=} ;;
   esac
   case $previous in
-    --backend) if [ "$argument" = local ]; then environment=local; else environment=wizard; fi ;;
+    --backend) flag=$argument ;;
     --config)
       if [ -r "$argument" ] && grep -Eq '^backend:[[:space:]]*["'\'']?local["'\'']?[[:space:]]*(#.*)?$' -- "$argument"; then
-        environment=local
+        file=local
       fi
       ;;
   esac
   previous=$argument
 done
+backend=${flag:-${SPARKTUNE_BACKEND:-$file}} environment=wizard
+if [ "$backend" = local ] || { [ "$demo" = true ] && [ "$backend" != docker ]; }; then environment=local; fi
 
 python=$("$root/scripts/venv.sh" "$environment") || exit $?
 unset PYTHONHOME PYTHONPATH

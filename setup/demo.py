@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sparktune.setup.build_progress import BuildDisplay
 from sparktune.setup.demo_corpus import write_smoke, write_stdlib
 from sparktune.setup.demo_model import MARKER_FILE, is_made_as, make_model
-from sparktune.setup.machine.backends import LocalBackend, local_python, program_root
-from sparktune.setup.machine.docker_backend import ImageOptions
+from sparktune.setup.machine.backends import LocalBackend, StopSignals, local_python, program_root
+from sparktune.setup.machine.docker_backend import DockerBackend, ImageOptions
 from sparktune.setup.pipeline import run_pipeline
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
 from sparktune.setup.plan.rundir import RunDir
@@ -66,6 +67,7 @@ CORPORA = (
 )
 _FOLDER = "demo"
 _MODEL = "tiny-qwen3.5"
+_MAKER = "sparktune.setup.demo_model"
 
 
 def run_demo(
@@ -90,8 +92,12 @@ def run_demo(
     started = time.monotonic()
     folder = folder or Path.cwd() / _FOLDER
     stamp = time.strftime("%Y-%m-%d-%H%M%S")
+    backend = None
+    if plan.backend == "docker":  # then this machine needs no torch of its own
+        backend = _backend_with_image(plan, image, console, plain)
+        image = image.for_later() if image else None
     with _waiting(console, plain, f"Making a tiny Qwen3.5 in {folder}"):
-        model = _model(folder)
+        model = _model(folder, backend)
     outcomes: list[dict[str, Any]] = []
     for corpus in CORPORA:
         data = folder / f"{corpus.name}.jsonl"
@@ -151,21 +157,34 @@ def _run_of(plan: Plan) -> RunDir:
     return RunDir(name=str(plan.name), results_root=plan.results, output_root=plan.output)
 
 
-def _model(folder: Path) -> Path:
+def _backend_with_image(plan: Plan, image: ImageOptions | None, console: Console, plain: bool) -> DockerBackend:
+    backend = DockerBackend(plan, image)
+    with StopSignals() as stop, BuildDisplay(console, plain) as display:
+        backend.prepare(display.event, stop)
+    return backend
+
+
+def _model(folder: Path, backend: DockerBackend | None = None) -> Path:
     """Returns the demo model, made in a process of its own (it needs torch) unless it is there already.
 
-    A folder that holds something else, such as a model made by another Python, is left alone.
+    The process runs in the backend's image; on this machine without one. A folder that holds something else is left
+    alone, as is a model that another Python made: its tokenizer comes from that one's docstrings. In the image no
+    Python of this machine plays a part, so there any will do.
     """
     number, target = 1, folder / _MODEL
-    while target.exists() and not is_made_as(target, pretrained=True):
+    while target.exists() and not is_made_as(target, any_python=backend is not None, pretrained=True):
         number += 1
         target = folder / f"{_MODEL}-{number}"
     if target.exists():
         return target
-    command = [local_python(program_root()), "-P", "-m", "sparktune.setup.demo_model", str(target)]
-    made = subprocess.run(command, capture_output=True, text=True, env=LocalBackend.environment(), check=False)
-    if made.returncode != 0:
-        reason = (made.stderr.strip().splitlines() or ["no reason was given"])[-1]
+    if backend is not None:
+        code, said = backend.run_module(_MAKER, str(target), folder)
+    else:
+        command = [local_python(program_root()), "-P", "-m", _MAKER, str(target)]
+        made = subprocess.run(command, capture_output=True, text=True, env=LocalBackend.environment(), check=False)
+        code, said = made.returncode, made.stderr
+    if code != 0:
+        reason = (said.strip().splitlines() or ["no reason was given"])[-1]
         raise SparktuneError(f"The demo model could not be made in {target}: {reason}")
     return target
 

@@ -130,10 +130,15 @@ def mtp_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def is_made_as(folder: Path, **arguments: Any) -> bool:
-    """Returns whether `make_model` made `folder` under this Python with these arguments, others at their defaults."""
+def is_made_as(folder: Path, *, any_python: bool = False, **arguments: Any) -> bool:
+    """Returns whether `make_model` made `folder` with these arguments, others at their defaults.
+
+    Under this Python, or under whichever with `any_python`.
+    """
+    found = _recipe_of(folder)
+    python = found.get("python") if found and any_python else platform.python_version()
     made = {**(make_model.__kwdefaults__ or {}), **arguments}
-    return _recipe_of(folder) == {"version": _RECIPE_VERSION, "python": platform.python_version(), **made}
+    return found == {"version": _RECIPE_VERSION, "python": python, **made}
 
 
 def _recipe_of(folder: Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from sparktune.setup.build_progress import BuildDisplay
 from sparktune.setup.machine.backends import LocalBackend, StopSignals, local_python, program_root
 from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.machine.diagnose import diagnose
-from sparktune.setup.machine.docker_backend import RUN_LABEL
+from sparktune.setup.machine.docker_backend import ROLE_LABEL, RUN_LABEL
 from sparktune.setup.machine.engine import connect
 from sparktune.setup.machine.image import HASH_LABEL, Flavour, Image, base_digest, ensure_image, load_stack
 from sparktune.setup.machine.image_build import Cancelled
@@ -32,7 +32,6 @@ __all__ = ["main", "smoke_test", "uninstall"]
 
 NOT_GPU_TESTED = 75
 _POLL_S = 0.2
-_ROLE_LABEL = "org.sparktune.role"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ def smoke_test(client: Any, tag: str, gpu: bool, should_stop: Callable[[], bool]
 
     devices = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if gpu else None
     container = client.containers.create(
-        tag, network_mode="none", labels={_ROLE_LABEL: "smoke"}, ipc_mode="host", device_requests=devices,
+        tag, network_mode="none", labels={ROLE_LABEL: "smoke"}, ipc_mode="host", device_requests=devices,
         name=f"sparktune-smoke-{os.getpid()}-{time.monotonic_ns()}",
     )
     try:
@@ -78,7 +77,7 @@ def smoke_test(client: Any, tag: str, gpu: bool, should_stop: Callable[[], bool]
 def uninstall(client: Any) -> list[str]:
     """Removes every image and container that carries our labels, and their records; returns what was removed."""
     removed = []
-    for label in (RUN_LABEL, _ROLE_LABEL):
+    for label in (RUN_LABEL, ROLE_LABEL):
         for container in client.containers.list(all=True, filters={"label": label}):
             container.remove(force=True)
             removed.append(f"container {container.name}")

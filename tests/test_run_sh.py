@@ -78,6 +78,10 @@ def test_shellcheck_finds_nothing() -> None:
     ([], {}, "wizard"),
     (["doctor"], {}, "wizard"),
     (["--demo"], {}, "local"),
+    (["--demo", "--backend", "docker"], {}, "wizard"),
+    (["--backend=docker", "--demo"], {}, "wizard"),
+    (["--demo"], {"SPARKTUNE_BACKEND": "docker"}, "wizard"),
+    (["--demo"], {"SPARKTUNE_BACKEND": "local"}, "local"),
     (["--backend", "local"], {}, "local"),
     (["--backend=local", "--data", "x y"], {}, "local"),
     (["--backend", "docker"], {"SPARKTUNE_BACKEND": "local"}, "wizard"),
@@ -85,6 +89,7 @@ def test_shellcheck_finds_nothing() -> None:
     ([], {"SPARKTUNE_BACKEND": "local"}, "local"),
     (["--config", "here.yaml"], {}, "local"),
     (["--config=here.yaml"], {}, "local"),
+    (["--backend", "docker", "--config=here.yaml"], {}, "wizard"),
     (["--config", "there.yaml"], {}, "wizard"),
     (["--data", "--demo.jsonl"], {}, "wizard"),
 ])

@@ -17,18 +17,20 @@ from sparktune.setup.machine.backends import MODULES, TRAINING, StopSignals, pro
 from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.machine.engine import connect, network_for_downloads
 from sparktune.setup.machine.image import PACKAGE, ensure_image
+from sparktune.setup.machine.image_build import Cancelled
 from sparktune.setup.plan.errors import ExitCode, PreflightError
 from sparktune.setup.plan.models import adapter_base, is_adapter_folder
 from sparktune.setup.plan.rundir import RunDir, cache_dir
 from sparktune.setup.plan.schema import Plan
 
 __all__ = [
-    "HUB_FILE", "RUN_LABEL", "DockerBackend", "ImageOptions", "container_options", "hub_token", "mounts_of",
-    "needs_network", "reads_hub",
+    "HUB_FILE", "ROLE_LABEL", "RUN_LABEL", "DockerBackend", "ImageOptions", "container_options", "hub_token",
+    "mounts_of", "needs_network", "reads_hub",
 ]
 
 RUN_LABEL = "org.sparktune.run"
 STAGE_LABEL = "org.sparktune.stage"
+ROLE_LABEL = "org.sparktune.role"
 HUB_FILE = "/run/secrets/hub"
 """Where a container finds the user's hub token, a read-only file."""
 CHECKOUT = "/opt/sparktune"
@@ -147,6 +149,19 @@ def _environment(network: bool) -> dict[str, str]:
     return found if network else {**found, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
+def _over_the_images(package: Path) -> dict[str, dict[str, str]]:
+    """Returns the mounts that put a checkout's package over the one in the image."""
+    return {str(package / name): {"bind": f"{CHECKOUT}/{name}", "mode": "ro"} for name in PACKAGE}
+
+
+def _as_the_caller() -> dict[str, Any]:
+    """Returns what every container of ours has: the calling user's ids, no capability, no terminal."""
+    return {
+        "user": f"{os.getuid()}:{os.getgid()}", "ipc_mode": "host", "stdin_open": False, "tty": False,
+        "cap_drop": ["ALL"], "security_opt": ["no-new-privileges"],
+    }
+
+
 def container_options(
     client: Any, stage: str, run: RunDir, plan: Plan, *, gpus: bool, image: str, token: Path | None = None,
     package: Path | None = None, interface: str | None = None,
@@ -177,7 +192,7 @@ def container_options(
         volumes[str(token)] = {"bind": HUB_FILE, "mode": "ro"}
         environment["HF_TOKEN_PATH"] = HUB_FILE
     if package is not None:
-        volumes |= {str(package / name): {"bind": f"{CHECKOUT}/{name}", "mode": "ro"} for name in PACKAGE}
+        volumes |= _over_the_images(package)
     if stage in TRAINING:
         command = ["python", "-P", f"{CHECKOUT}/train.py", "--config", str(run.plan), *TRAINING[stage]]
     else:
@@ -185,11 +200,11 @@ def container_options(
     options: dict[str, Any] = {
         "image": image, "command": command, "environment": environment, "volumes": volumes,
         "name": f"sparktune-{re.sub(r'[^a-zA-Z0-9_.-]', '-', run.name).strip('.-')}-{stage}-{os.getpid()}",
-        "labels": {RUN_LABEL: str(run.root), STAGE_LABEL: stage}, "user": f"{os.getuid()}:{os.getgid()}",
+        "labels": {RUN_LABEL: str(run.root), STAGE_LABEL: stage},
         # the run folder holds no `specs`, which gcc would read while Triton compiles
-        "working_dir": str(run.root), "ipc_mode": "host", "stdin_open": False, "tty": False,
+        "working_dir": str(run.root),
         "network_mode": network_for_downloads(client) if network else "none",
-        "cap_drop": ["ALL"], "security_opt": ["no-new-privileges"],
+        **_as_the_caller(),
     }
     if gpus:
         options["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
@@ -278,6 +293,43 @@ class DockerBackend:
                 if text := _UNASKED_ENDS.get(code) if not stop.count else None:
                     log.write(f"\nThe container {options['name']} {text}\n".encode())
                 return code
+            finally:
+                with suppress(Exception):  # already gone, or the engine is: nothing is left to remove
+                    container.remove(force=True)
+
+    def run_module(self, module: str, argument: str, folder: Path) -> tuple[int, str]:
+        """Runs a module of ours that writes into one folder and needs no network.
+
+        Args:
+            module: its full name.
+            argument: its one argument.
+            folder: the only one that it may write to.
+
+        Returns:
+            Exit code and output.
+
+        Raises:
+            PreflightError: the engine would not start it, or went away.
+            Cancelled: a signal ended it.
+        """
+        with StopSignals() as stop:
+            self.prepare(lambda event: None, stop)
+            folder.mkdir(parents=True, exist_ok=True)
+            _state_folder().mkdir(parents=True, exist_ok=True)
+            volumes = {str(f): {"bind": str(f), "mode": "rw"} for f in (folder, _state_folder())}
+            if self._options.dev_mount:
+                volumes |= _over_the_images(self._root)
+            container = self._create({
+                "image": self._image, "command": ["python", "-P", "-m", module, argument], "volumes": volumes,
+                "environment": _environment(False), "name": f"sparktune-{module.rpartition('.')[2]}-{os.getpid()}",
+                "labels": {ROLE_LABEL: module}, "working_dir": str(folder), "network_mode": "none", **_as_the_caller(),
+            })
+            try:
+                container.start()
+                code = self._wait(container, lambda: None, stop)
+                if stop.count:
+                    raise Cancelled(f"{module} was stopped.")
+                return code, container.logs().decode("utf-8", "replace")
             finally:
                 with suppress(Exception):  # already gone, or the engine is: nothing is left to remove
                     container.remove(force=True)

@@ -379,6 +379,38 @@ def test_a_model_that_cannot_be_made_is_one_sentence(tmp_path: Path, monkeypatch
         demo._model(tmp_path)
 
 
+class _Image:
+    """Stands for a backend with an image."""
+
+    def __init__(self, code: int = 0, said: str = "") -> None:
+        self.code, self.said, self.asked = code, said, []
+
+    def run_module(self, module: str, argument: str, folder: Path) -> tuple[int, str]:
+        self.asked.append((module, argument, folder))
+        return self.code, self.said
+
+
+def test_with_an_image_the_model_is_made_in_it(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "local_python", lambda root: pytest.fail("this machine's Python needs no torch then"))
+    image = _Image()
+    assert demo._model(tmp_path, image) == tmp_path / "tiny-qwen3.5"
+    assert image.asked == [("sparktune.setup.demo_model", str(tmp_path / "tiny-qwen3.5"), tmp_path)]
+    with pytest.raises(SparktuneError, match=r"could not be made in .*: No space left"):
+        demo._model(tmp_path, _Image(1, "first\nNo space left\n"))
+
+    # one that another Python made will do there, and there alone
+    other = tmp_path / "other"
+    other.mkdir()
+    marker = json.loads((model_dir / MARKER_FILE).read_text(encoding="utf-8"))
+    marker["recipe"]["python"] = "3.99.0"
+    (other / MARKER_FILE).write_text(json.dumps(marker), encoding="utf-8")
+    assert is_made_as(other, any_python=True)
+    assert not is_made_as(other)
+    assert not is_made_as(other, any_python=True, pretrained=True)
+
+
 def test_same_rows_keep_their_file(tmp_path: Path) -> None:
     path = tmp_path / "smoke.jsonl"
     write_smoke(path)
