@@ -164,12 +164,12 @@ def _field(cursor: _Cursor, header: GgufHeader, values: int) -> int:
     if key in header.fields or key in header.arrays:
         raise _Damaged(f"the field {key[:64]!r} is there twice")
     kind = cursor.whole("I")
+    if key == "general.alignment" and kind != _UINT32:
+        raise _Damaged("general.alignment is not a 32-bit whole number")
     if kind == _STRING:
         header.fields[key] = cursor.text("a text")
         return 0
     if kind in _SCALARS:
-        if key == "general.alignment" and kind != _UINT32:
-            raise _Damaged("general.alignment is not a 32-bit whole number")
         header.fields[key] = cursor.numbers(_SCALARS[kind])[0]
         return 0
     if kind != _ARRAY:
@@ -192,8 +192,6 @@ def _alignment(header: GgufHeader) -> int:
     alignment = int(header.fields.get("general.alignment", _DEFAULT_ALIGNMENT))
     if alignment < 1 or alignment & (alignment - 1):
         raise _Damaged(f"general.alignment is {alignment}, which is no power of two")
-    if "general.alignment" in header.arrays:
-        raise _Damaged("general.alignment is not a 32-bit whole number")
     return alignment
 
 

@@ -6,14 +6,16 @@ weights, and it takes safetensors, JSON, text and templates only.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import re
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
 from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.schema import ModelSpec
+from sparktune.setup.plan.untrusted import json_object_file
 from sparktune.setup.plan.weights import safetensors_index, text_tower_shapes
 
 __all__ = [
@@ -29,6 +31,10 @@ DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _LAYER_KINDS = ("full_attention", "linear_attention", "sliding_attention")
 LayerKind = Literal["full_attention", "linear_attention", "sliding_attention"]
+_MOST_LAYERS = 4096
+"""Every layer is written out by name; no language model has near as many."""
+_LARGEST_SIZE = 2**31
+_LARGEST_NUMBER = 1e30
 _log = logging.getLogger(__name__)
 
 
@@ -74,8 +80,8 @@ def adapter_base(folder: Path) -> str:
             f"{folder / 'adapter_config.json'} should name its base in `base_model_name_or_path`; it does not. "
             "Write the base model's folder or hub id there."
         )
-    for candidate in (Path(base).expanduser(), folder / base):
-        if candidate.is_dir():
+    for candidate in (Path(os.path.expanduser(base)), folder / base):
+        if os.path.isdir(candidate):  # of a name that is too long, Path.is_dir raises
             if is_adapter_folder(candidate):
                 raise UsageError(
                     f"The base of the adapter {folder} should be a model; {candidate} is an adapter too. "
@@ -87,22 +93,19 @@ def adapter_base(folder: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json_object_file(path)
     except OSError as error:
         raise PreflightError(f"{path} should be readable: {error.strerror or error}.") from error
     except ValueError as error:
-        raise UsageError(f"{path} should be JSON; it is not ({error}).") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} should hold a JSON object; it holds a {type(value).__name__}.")
-    return value
+        raise UsageError(f"{path} should be JSON, an object; it is not ({error}).") from error
 
 
 def _local_folder(source: str) -> Path | None:
     """Returns the folder `source` means, None for a hub id; raises for what is neither."""
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise UsageError(f"--model {source} should be a folder or a hub id; it is a file. Give its folder.")
     if source.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(source):
         raise UsageError(
@@ -217,15 +220,36 @@ def resolve_model_dir(source: str, revision: str | None = None) -> Path:
     return Path(path)
 
 
-def _integer(config: dict[str, Any], key: str, source: str, default: int | None = None) -> int:
+def _wrong(source: str, key: str, wanted: str, value: Any) -> UsageError:
+    return UsageError(
+        f"config.json of {source} should give `{key}` as {wanted}; it gives {reprlib.repr(value)}. "
+        "Only causal language models in the transformers format can be trained."
+    )
+
+
+def _integer(
+    config: dict[str, Any], key: str, source: str, default: int | None = None, most: int = _LARGEST_SIZE
+) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UsageError(
-            f"config.json of {source} should give `{key}` as a whole number; it gives {value!r}. "
-            "Only causal language models in the transformers format can be trained."
-        )
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise _wrong(source, key, f"a whole number up to {most}", value)
     return value
+
+
+def _number(config: dict[str, Any], key: str, source: str, default: float) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST_NUMBER:
+        raise _wrong(source, key, "a number", value)
+    return float(value)
+
+
+def _mapping(config: dict[str, Any], key: str, source: str) -> dict[str, Any]:
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise _wrong(source, key, "an object", value)
+    return value or {}
 
 
 def _tied(config: dict[str, Any], text: dict[str, Any]) -> bool:
@@ -234,48 +258,55 @@ def _tied(config: dict[str, Any], text: dict[str, Any]) -> bool:
     return bool(text.get("tie_word_embeddings", False) if value is None else value)
 
 
-def _rope(text: dict[str, Any], family: str, kinds: list[LayerKind]) -> tuple[float, float, dict[str, Any] | None, str]:
+def _rope(
+    text: dict[str, Any], family: str, kinds: list[LayerKind], source: str
+) -> tuple[float, float, dict[str, Any] | None, str]:
     """Returns theta, the partial factor, scaling parameters and an objection, from any of transformers' spellings."""
-    params: dict[str, Any] = {**(text.get("rope_parameters") or {}), **(text.get("rope_scaling") or {})}
+    params = {**_mapping(text, "rope_parameters", source), **_mapping(text, "rope_scaling", source)}
     objection = ""
     if params and set(params) <= set(_LAYER_KINDS):
-        used = [params[k] for k in params if k in kinds] or list(params.values())
+        used = [_mapping(params, k, source) for k in params if k in kinds] or [
+            _mapping(params, k, source) for k in params
+        ]
         if any(p != used[0] for p in used):
             objection = "its layers use different rotary embeddings"
-        params = dict(used[0] or {})
-    theta = float(params.get("rope_theta") or text.get("rope_theta") or 10000.0)
-    partial = params.get("partial_rotary_factor") or text.get("partial_rotary_factor")
-    partial = float(partial or (0.25 if family == "qwen3_5_text" else 1.0))
+        params = dict(used[0])
+    theta = _number(params, "rope_theta", source, 0) or _number(text, "rope_theta", source, 0) or 10000.0
+    partial = _number(params, "partial_rotary_factor", source, 0) or _number(text, "partial_rotary_factor", source, 0)
+    partial = partial or (0.25 if family == "qwen3_5_text" else 1.0)
     kind = params.get("rope_type", params.get("type")) or "default"
     if kind in ("default", "mrope"):
         return theta, partial, None, objection
     if kind == "linear":
-        return theta, partial, {"rope_type": "linear", "factor": float(params.get("factor", 1.0))}, objection
+        return theta, partial, {"rope_type": "linear", "factor": _number(params, "factor", source, 1.0)}, objection
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor")
         if all(k in params for k in keys):
-            original = params.get("original_max_position_embeddings") or text.get("max_position_embeddings")
-            scaling: dict[str, Any] = {"rope_type": "llama3", **{k: float(params[k]) for k in keys}}
-            return theta, partial, {**scaling, "original_max_position_embeddings": original}, objection
-    return theta, partial, None, f"its rotary embedding is of type {kind!r}"
+            position = "original_max_position_embeddings"
+            original = _integer(params, position, source, 0) or text.get("max_position_embeddings")
+            scaling: dict[str, Any] = {"rope_type": "llama3", **{k: _number(params, k, source, 1.0) for k in keys}}
+            return theta, partial, {**scaling, position: original}, objection
+    return theta, partial, None, f"its rotary embedding is of type {reprlib.repr(kind)}"
 
 
 def _layer_kinds(
     text: dict[str, Any], family: str, layers: int, source: str
 ) -> tuple[list[LayerKind], int | None, str]:
     """Returns each layer's kind, the sliding window and an objection, as each family's class reads its config."""
-    window = text.get("sliding_window")
+    window: int | None = _integer(text, "sliding_window", source, 0) or None
     given = text.get("layer_types")
+    if given is not None and (not isinstance(given, list) or not all(isinstance(kind, str) for kind in given)):
+        raise _wrong(source, "layer_types", "a list of names", given)
     kinds: list[Any]
     if family == "mistral":
-        return ["sliding_attention" if window else "full_attention"] * layers, window or None, ""
+        return ["sliding_attention" if window else "full_attention"] * layers, window, ""
     if family in ("qwen2", "qwen3"):
         window = window if text.get("use_sliding_window", False) else None
-        first = text.get("max_window_layers", 28)
+        first = _integer(text, "max_window_layers", source, 28)
         kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
         kinds = kinds if given is None else given
     elif family == "qwen3_5_text":
-        interval = text.get("full_attention_interval", 4)
+        interval = _integer(text, "full_attention_interval", source, 4) or 1
         kinds = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
         kinds = kinds if given is None else given
     else:
@@ -286,7 +317,7 @@ def _layer_kinds(
     known: list[LayerKind] = ["full_attention" if k in unknown else k for k in kinds]
     if "sliding_attention" in known and not window:
         return known, None, "it has sliding_attention layers without a sliding_window"
-    objection = f"its layers are of kind {unknown[0]!r}" if unknown else ""
+    objection = f"its layers are of kind {reprlib.repr(unknown[0])}" if unknown else ""
     return known, window if "sliding_attention" in known else None, objection
 
 
@@ -298,7 +329,7 @@ def _objections(config: dict[str, Any], text: dict[str, Any], family: str) -> li
         return [f"its architecture {name!r} is not one of {', '.join(NATIVE_FAMILIES)}"]
     found = []
     if (act := text.get("hidden_act", "silu")) not in ("silu", "swish"):
-        found.append(f"its activation is {act!r}")
+        found.append(f"its activation is {reprlib.repr(act)}")
     if config.get("quantization_config") or text.get("quantization_config"):
         found.append("its weights are quantised")
     if family == "qwen3_5_text" and text.get("attn_output_gate", True) is False:
@@ -317,9 +348,10 @@ def _gdn(text: dict[str, Any], source: str) -> dict[str, int]:
 
 def _expert_parameters(text: dict[str, Any], spec: ModelSpec) -> int:
     """Estimate of what a mixture of experts adds to the dense count (unknown architectures only)."""
-    experts = text.get("num_experts") or text.get("num_local_experts") or text.get("n_routed_experts") or 0
-    ffn = text.get("moe_intermediate_size") or spec.intermediate_size
-    return max(0, int(experts) * int(ffn) - spec.intermediate_size) * 3 * spec.hidden_size * spec.num_layers
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((n for n in (_integer(text, name, spec.source, 0) for name in names) if n), 0)
+    ffn = _integer(text, "moe_intermediate_size", spec.source, 0) or spec.intermediate_size
+    return max(0, experts * ffn - spec.intermediate_size) * 3 * spec.hidden_size * spec.num_layers
 
 
 def spec_from_config(config: dict[str, Any], source: str) -> ModelSpec:
@@ -337,17 +369,18 @@ def spec_from_config(config: dict[str, Any], source: str) -> ModelSpec:
     family = text.get("model_type") or config.get("model_type")
     if not isinstance(family, str) or not family:
         raise UsageError(f"config.json of {source} should name its `model_type`; it does not: no transformers model.")
-    layers = _integer(text, "num_hidden_layers", source)
+    layers = _integer(text, "num_hidden_layers", source, most=_MOST_LAYERS)
     heads = _integer(text, "num_attention_heads", source)
     hidden = _integer(text, "hidden_size", source)
     own_head_dim = {"qwen3_5_text": 256, "qwen3": 128}.get(family, hidden // max(heads, 1))
     head_dim = _integer(text, "head_dim", source, own_head_dim)
     kinds, window, kind_objection = _layer_kinds(text, family, layers, source)
-    theta, partial, scaling, rope_objection = _rope(text, family, kinds)
+    theta, partial, scaling, rope_objection = _rope(text, family, kinds, source)
     objections = [*_objections(config, text, family), *(o for o in (kind_objection, rope_objection) if o)]
     hybrid = family == "qwen3_5_text"
     bias = family == "qwen2" or (family != "mistral" and bool(text.get("attention_bias", False)))
 
+    mtp = "mtp_num_hidden_layers"
     spec = ModelSpec(
         source=source, model_type=family, multimodal=text is not config, native=not objections,
         native_reason="; ".join(objections),
@@ -355,14 +388,14 @@ def spec_from_config(config: dict[str, Any], source: str) -> ModelSpec:
         intermediate_size=_integer(text, "intermediate_size", source, 4 * hidden), num_layers=layers, num_heads=heads,
         num_kv_heads=_integer(text, "num_key_value_heads", source, heads), head_dim=head_dim,
         layer_types=kinds, sliding_window=window,
-        tie_word_embeddings=_tied(config, text), norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=_tied(config, text), norm_eps=_number(text, "rms_norm_eps", source, 1e-6),
         zero_centred_norm=hybrid, attention_bias=bias,
         attention_output_bias=bias and family != "qwen2",
         mlp_bias=family == "llama" and bool(text.get("mlp_bias", False)),
         qk_norm=family in ("qwen3", "qwen3_5_text"), attention_gate=hybrid,
         rope_theta=theta, rope_dim=int(head_dim * partial), rope_scaling=scaling,
         **(_gdn(text, source) if "linear_attention" in kinds else {}),
-        mtp_layers=_integer(text, "mtp_num_hidden_layers", source, config.get("mtp_num_hidden_layers") or 0),
+        mtp_layers=_integer(text, mtp, source, _integer(config, mtp, source, 0, _MOST_LAYERS), _MOST_LAYERS),
         max_position_embeddings=_integer(text, "max_position_embeddings", source, 0), parameters=0,
     )
     count = 0

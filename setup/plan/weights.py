@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparktune.setup.plan.errors import PreflightError
 from sparktune.setup.plan.schema import ModelSpec
+from sparktune.setup.plan.untrusted import json_object, json_object_file, whole_number
 
 __all__ = ["TensorEntry", "header_entries", "safetensors_header", "safetensors_index", "text_tower_shapes"]
 
 INDEX_NAME = "model.safetensors.index.json"
+_LONGEST_NAME = 255
+"""Bytes of a file's name on every file system here."""
 MAX_HEADER_BYTES = 100 * 2**20
 """The safetensors format's own limit on a header."""
-_DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
-    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+# What the safetensors library (0.6 and newer) knows; one value's bits.
+_DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+    "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "C64": 64,
 }
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 
@@ -53,32 +58,51 @@ def header_entries(path: Path, size: int, raw: bytes) -> dict[str, TensorEntry]:
     Raises:
         PreflightError: the header is damaged, or does not describe a file of this size.
     """
-    try:
-        header = json.loads(raw)
-    except ValueError as error:
-        raise _broken(path, f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _broken(path, "its header is not a JSON object")
     data_start = 8 + len(raw)
-    entries: dict[str, TensorEntry] = {}
-    covered = 0
-    for name, value in header.items():
-        if name == "__metadata__":
-            continue
-        if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-            raise _broken(path, f"its header describes `{name}` without dtype, shape and data_offsets")
-        shape = tuple(int(n) for n in value["shape"])
-        begin, end = (int(n) for n in value["data_offsets"])
-        bytes_expected = _DTYPE_BYTES.get(value["dtype"])
-        for n in shape:
-            bytes_expected = None if bytes_expected is None else bytes_expected * n
-        if begin < 0 or begin > end or bytes_expected not in (None, end - begin):
-            raise _broken(path, f"`{name}` ({value['dtype']} {list(shape)}) claims the bytes {begin} to {end}")
-        covered = max(covered, end)
-        entries[name] = TensorEntry(dtype=value["dtype"], shape=shape, begin=data_start + begin, end=data_start + end)
-    if data_start + covered != size:
-        raise _broken(path, f"its header describes {data_start + covered} bytes and the file has {size}")
+    try:
+        # what the library that reads the data would refuse is refused here, with a sentence
+        if not raw.startswith(b"{"):
+            raise ValueError("it does not begin with {")
+        header = json_object(raw)
+        _check_metadata(header.pop("__metadata__", None))
+        entries = {name: _entry(name, value, data_start) for name, value in header.items()}
+    except ValueError as error:
+        raise _broken(path, f"its header is damaged ({error})") from error
+    end = data_start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            seen = f"{entry.begin - data_start} to {entry.end - data_start}, not from {end - data_start}"
+            raise _broken(path, f"`{name[:64]}` ({entry.dtype} {list(entry.shape)}) claims the bytes {seen}")
+        end = entry.end
+    if end != size:
+        raise _broken(path, f"its header describes {end} bytes and the file has {size}")
     return entries
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is no mapping of texts")
+
+
+def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
+    """Returns one tensor's entry; raises ValueError where it contradicts itself."""
+    shown = name[:64]
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+        raise ValueError(f"it describes `{shown}` without dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+        raise ValueError(f"`{shown}` is of no type that safetensors has")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"`{shown}` should have a list as shape and two data_offsets")
+    bits = _DTYPE_BITS[dtype]
+    for n in shape:
+        bits *= whole_number(n, f"a dimension of `{shown}`")
+    begin, end = (whole_number(n, f"an offset of `{shown}`") for n in offsets)
+    if begin > end or bits != 8 * (end - begin):
+        raise ValueError(f"`{shown}` ({dtype} {shape}) claims the bytes {begin} to {end}")
+    return TensorEntry(dtype=dtype, shape=tuple(shape), begin=data_start + begin, end=data_start + end)
 
 
 def safetensors_header(path: Path) -> dict[str, TensorEntry]:
@@ -120,15 +144,23 @@ def _index_of_files(folder: Path, files: list[Path]) -> dict[str, Path]:
 def _index_of_map(folder: Path) -> dict[str, Path]:
     path = folder / INDEX_NAME
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        weight_map = json_object_file(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError("it has no `weight_map` from names to files")
+        files: dict[str, str] = weight_map
+    except (OSError, ValueError) as error:
         raise PreflightError(
             f"{path} should be a JSON object with a `weight_map`; it is not ({error}). Fetch it again."
         ) from error
-    outside = sorted({f for f in files.values() if Path(f).name != f})
+    outside = sorted({f for f in files.values() if Path(f).name != f or len(f.encode()) > _LONGEST_NAME})
     if outside:
-        raise PreflightError(f"{path} should name files of its own folder; it names {outside[0]!r}.")
+        raise PreflightError(f"{path} should name files of its own folder; it names {outside[0][:100]!r}.")
+    other = sorted({f for f in files.values() if not f.endswith(".safetensors")})
+    if other:
+        raise PreflightError(
+            f"{path} should name *.safetensors files, which alone are opened here; it names {other[0]!r}. Save the "
+            "model with `save_pretrained` (safetensors is its default) or fetch the safetensors files."
+        )
     missing = sorted({f for f in files.values() if not (folder / f).is_file()})
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
