@@ -288,8 +288,8 @@ def _check_implied(plan: Plan) -> None:
 
 def _local_model(model: str) -> str:
     """A model (or a head) given as a folder or file becomes absolute: stages do not run in the user's directory."""
-    path = Path(model).expanduser()
-    if model.startswith(("/", "./", "../", "~")) or model in (".", "..") or path.exists():
+    path = Path(os.path.expanduser(model))  # not Path.expanduser: it raises for the ~name of a user that is none
+    if model.startswith(("/", "./", "../", "~")) or model in (".", "..") or os.path.exists(path):
         return os.path.abspath(path)
     return model
 
