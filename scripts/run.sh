@@ -26,12 +26,22 @@ done
 [ $# -gt 0 ] || usage
 [ -d "$data" ] || { echo "run.sh: --data should be a folder; $data is none" >&2; exit 2; }
 command -v docker >/dev/null || { echo "run.sh: docker is not installed (sudo apt-get install docker.io)" >&2; exit 3; }
-docker image inspect "$image" >/dev/null 2>&1 ||
-  { echo "run.sh: the image $image is not here; make it with ./install.sh" >&2; exit 3; }
+if ! said=$(docker image inspect "$image" 2>&1 >/dev/null); then
+  case $said in
+    *[Nn]"o such image"*) echo "run.sh: the image $image is not here; make it with ./install.sh" >&2; exit 3 ;;
+    *) echo "run.sh: the Docker engine does not answer (${said%%$'\n'*}); start it: sudo systemctl start docker" >&2
+       exit 3 ;;
+  esac
+fi
 
 data=$(cd -- "$data" && pwd -P)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/sparktune
 hub=${HF_HOME:-$HOME/.cache/huggingface}
+for path in "$data" "$cache" "$hub"; do
+  case $path in
+    *:*) echo "run.sh: Docker cannot mount a folder whose path holds a colon: $path" >&2; exit 2 ;;
+  esac
+done
 # made here: what the engine makes itself belongs to root
 mkdir -p "$cache/home" "$cache/tokens" "$cache/llama.cpp" "$hub"
 

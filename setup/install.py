@@ -25,7 +25,7 @@ from sparktune.setup.machine.engine import connect
 from sparktune.setup.machine.image import HASH_LABEL, Flavour, Image, base_digest, ensure_image, load_stack
 from sparktune.setup.machine.image_build import Cancelled
 from sparktune.setup.machine.image_checks import host_checks
-from sparktune.setup.plan.errors import ExitCode, SparktuneError
+from sparktune.setup.plan.errors import ExitCode, SparktuneError, UsageError
 from sparktune.setup.plan.rundir import cache_dir
 
 __all__ = ["main", "smoke_test", "uninstall"]
@@ -98,13 +98,29 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--baseline", action="store_true", help="the stock stack: no torch.compile, no fast path")
     parser.add_argument("--rebuild", nargs="?", const="yes", default="no", choices=("yes", "clean", "no"),
                         help="build although nothing changed; =clean removes it first and reuses no layer")
-    parser.add_argument("--max-jobs", type=int, metavar="N", help="compilers at once (default 4, about 1.5 GiB each)")
+    parser.add_argument("--max-jobs", type=_jobs, metavar="N", help="compilers at once (default 4, about 1.5 GiB each)")
     parser.add_argument("--gates", action="store_true",
                         help="run the six gates in the local environment, without the image")
     parser.add_argument("--uninstall", action="store_true", help="remove what this made, and nothing else")
     parser.add_argument("--json", action="store_true", help="the outcome as JSON on standard output")
     parser.add_argument("--plain", action="store_true", help="no bars, no colour")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    alone = [flag for flag, given in (("--gates", options.gates), ("--uninstall", options.uninstall)) if given]
+    others = [flag for flag, given in (("--rebuild", options.rebuild != "no"), ("--max-jobs", options.max_jobs),
+                                       ("--baseline", options.baseline)) if given]
+    if len(alone) > 1 or (alone and others):
+        parser.error(f"{alone[0]} goes alone; drop {', '.join([*alone[1:], *others])}")
+    try:
+        load_stack(program_root(), options.stack)
+    except UsageError as error:
+        parser.error(str(error))
+    return options
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; got {text}")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

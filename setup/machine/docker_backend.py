@@ -16,7 +16,7 @@ from typing import Any, Literal
 from sparktune.setup.machine.backends import MODULES, TRAINING, StopSignals, program_root
 from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.machine.engine import connect, network_for_downloads
-from sparktune.setup.machine.image import PACKAGE, ensure_image
+from sparktune.setup.machine.image import PACKAGE, ensure_image, load_stack
 from sparktune.setup.machine.image_build import Cancelled
 from sparktune.setup.plan.errors import ExitCode, PreflightError
 from sparktune.setup.plan.models import adapter_base, is_adapter_folder
@@ -93,7 +93,7 @@ def hub_token() -> Iterator[Path | None]:
 
 def _source_of(plan: Plan) -> str:
     """Returns the model that a run reads weights from: a folder, or a hub id; an adapter's base."""
-    folder = Path(plan.model).expanduser()
+    folder = Path(os.path.expanduser(plan.model))
     return adapter_base(folder) if is_adapter_folder(folder) else str(folder) if folder.exists() else plan.model
 
 
@@ -104,7 +104,7 @@ def reads_hub(stage: str, plan: Plan) -> bool:
 
 def needs_network(stage: str, plan: Plan) -> bool:
     """Returns whether a stage may download: a model or MTP head that is a hub id, or the GGUF converter's first use."""
-    if stage == "mtp" and plan.mtp_head and not Path(plan.mtp_head).expanduser().exists():
+    if stage == "mtp" and plan.mtp_head and not Path(os.path.expanduser(plan.mtp_head)).exists():
         return True
     if stage == "gguf":
         folder = cache_dir("llama.cpp")
@@ -117,8 +117,8 @@ def mounts_of(run: RunDir, plan: Plan) -> dict[str, str]:
     written = (run.root, Path(plan.output).absolute(), _hub_cache(), _state_folder(), cache_dir("tokens"),
                cache_dir("cleaned"), cache_dir("llama.cpp"))
     found = {str(path): "rw" for path in written}
-    head = Path(plan.mtp_head).expanduser() if plan.mtp_head else None
-    for path in (plan.data, plan.eval_data, head, Path(plan.model).expanduser(), Path(_source_of(plan))):
+    head = Path(os.path.expanduser(plan.mtp_head)) if plan.mtp_head else None
+    for path in (plan.data, plan.eval_data, head, Path(os.path.expanduser(plan.model)), Path(_source_of(plan))):
         if path is not None and path.exists():
             real = path.absolute()
             folder = real if real.is_dir() else real.parent
@@ -182,6 +182,10 @@ def container_options(
     from docker.types import DeviceRequest, Ulimit
 
     mounts = mounts_of(run, plan)
+    for folder in mounts:
+        if ":" in folder:  # it parts host from container in the engine's own notation
+            raise PreflightError(f"Docker cannot mount a folder whose path holds a colon, as {folder} does. Rename it, "
+                                 "or run without an image: --backend local.")
     for folder, mode in mounts.items():
         if mode == "rw":
             Path(folder).mkdir(parents=True, exist_ok=True)  # the engine would make it, and root would own it
@@ -231,11 +235,13 @@ class DockerBackend:
             options: what this start wants of the image.
 
         Raises:
-            PreflightError: none answers.
+            UsageError: the plan's stack is none of ours.
+            PreflightError: no engine answers.
         """
-        self._client = connect()
         self._options = options or ImageOptions()
         self._root = program_root()
+        load_stack(self._root, plan.stack)
+        self._client = connect()
         self._plan = plan
         self._image: str | None = None
         self._gpus = plan.device != "cpu" and bool(nvidia_gpus())

@@ -20,7 +20,7 @@ from sparktune.setup.machine.host_checks import hub_answers
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
 from sparktune.setup.plan.exports import BYTES_PER_WEIGHT, check_exports, written_types
 from sparktune.setup.plan.memory import adapter_parameters, checkpoint_bytes
-from sparktune.setup.plan.models import is_adapter_folder, probe, resolve_model_dir
+from sparktune.setup.plan.models import is_adapter_folder, is_hub_id, probe, resolve_model_dir
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.setup.plan.weights import safetensors_index
 
@@ -147,7 +147,7 @@ def _model(plan: Plan) -> tuple[Check, ModelSpec | None]:
         safetensors_index(resolve_model_dir(plan.model))
         where = "adapter folder; its base" if is_adapter_folder(folder) else "local folder"
         return Check(name="model", status="ok", seen=f"{where}: {size}"), spec
-    if plan.model.count("/") != 1:
+    if not is_hub_id(plan.model):
         probe(plan.model)  # neither a folder nor OWNER/NAME: says so
     cached, answers = _hub_model(plan.model)
     if cached is None and not answers:
@@ -244,7 +244,9 @@ def _disk(plan: Plan, spec: ModelSpec | None) -> Check:
 
 def machine_checks(plan: Plan) -> list[Check]:
     """Runs the checks that depend on this machine alone, not on model and data."""
-    return [guarded(name, partial(check, plan)) for name, check in _MACHINE.items()]
+    checks = [guarded(name, partial(check, plan)) for name, check in _MACHINE.items()]
+    engine = [c.seen for c in checks if c.name == "engine" and c.status == "failed"]
+    return [c for c in checks if c.name != "backend" or c.seen not in engine]  # one cause, one line
 
 
 def run_checks(plan: Plan) -> list[Check]:

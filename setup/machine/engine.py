@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any
 
 from sparktune.setup.plan.errors import PreflightError
@@ -9,40 +11,57 @@ from sparktune.setup.plan.errors import PreflightError
 __all__ = ["ENGINE_TIMEOUT_S", "alive", "connect", "network_for_downloads"]
 
 ENGINE_TIMEOUT_S = 60
+_DEFAULT = "unix:///var/run/docker.sock"
+_HERE = re.compile(r"unix://.|(tcp|https?)://(localhost|127\.[\d.]+|\[::1\])(:|/|$)")
 
 
 def connect() -> Any:
     """Returns a `docker.DockerClient` of the engine that DOCKER_HOST (or the default socket) names.
 
     Raises:
-        PreflightError: no engine answers, or this user may not use it.
+        PreflightError: no engine answers, this user may not use it, or it cannot serve this user.
     """
     # a quarter of a second to import, which only commands that use an engine pay
     from docker.client import DockerClient
     from docker.errors import DockerException
 
+    address = os.environ.get("DOCKER_HOST") or _DEFAULT
+    if not _HERE.match(address):
+        raise PreflightError(
+            f"DOCKER_HOST should name an engine of this machine, such as {_DEFAULT}; it is {address}. A container "
+            "mounts folders of the machine that its engine runs on. Unset DOCKER_HOST, or start sparktune over there."
+        )
     try:
         client = DockerClient.from_env(timeout=ENGINE_TIMEOUT_S)
         client.ping()
+        modes = {str(option).partition(",")[0] for option in client.info().get("SecurityOptions") or ()}
     except DockerException as error:
         text = str(error)
-        if "Permission denied" in text or "permission denied" in text:
+        if "permission denied" in text.lower():
             raise PreflightError(
-                "The Docker engine runs, but this user may not use it. Join its group: "
+                f"The Docker engine at {address} runs, but this user may not use it. Join its group: "
                 "sudo usermod -aG docker $USER, then log in again."
             ) from error
-        raise PreflightError(
-            f"No Docker engine answers ({_reason(text)}). Install it (sudo apt-get install docker.io) or start it "
-            "(sudo systemctl start docker); or run without one: --backend local."
-        ) from error
+        raise PreflightError(_silent(address, _reason(text))) from error
     except OSError as error:
-        raise PreflightError(f"No Docker engine answers ({error}). Start it: sudo systemctl start docker.") from error
+        raise PreflightError(_silent(address, str(error))) from error
+    if remapped := modes & {"name=rootless", "name=userns"}:
+        raise PreflightError(
+            f"The Docker engine at {address} gives users other ids inside its containers "
+            f"({remapped.pop().removeprefix('name=')}), so a run's files would not be yours. Use an engine that does "
+            "not: sudo apt-get install docker.io, or --backend local."
+        )
     return client
+
+
+def _silent(address: str, reason: str) -> str:
+    return (f"No Docker engine answers at {address} ({reason}). Install it (sudo apt-get install docker.io) or start "
+            "it (sudo systemctl start docker); or run without one: --backend local.")
 
 
 def _reason(text: str) -> str:
     for word in ("No such file or directory", "Connection refused", "Connection aborted", "timed out"):
-        if word in text:
+        if word.lower() in text.lower():
             return word.lower()
     return text.splitlines()[0][:200]
 

@@ -19,7 +19,7 @@ from sparktune.setup.plan.untrusted import json_object_file
 from sparktune.setup.plan.weights import safetensors_index, text_tower_shapes
 
 __all__ = [
-    "CATALOGUE", "DOWNLOAD_PATTERNS", "NATIVE_FAMILIES", "adapter_base", "is_adapter_folder", "probe",
+    "CATALOGUE", "DOWNLOAD_PATTERNS", "NATIVE_FAMILIES", "adapter_base", "is_adapter_folder", "is_hub_id", "probe",
     "resolve_model_dir", "safetensors_index", "spec_from_config", "text_tower_shapes",
 ]
 
@@ -98,6 +98,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise PreflightError(f"{path} should be readable: {error.strerror or error}.") from error
     except ValueError as error:
         raise UsageError(f"{path} should be JSON, an object; it is not ({error}).") from error
+
+
+def is_hub_id(source: str) -> bool:
+    """Returns whether `source` is spelled as a model of an owner on the hub, as OWNER/NAME."""
+    return source.count("/") == 1 and _HUB_ID.fullmatch(source) is not None
 
 
 def _local_folder(source: str) -> Path | None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ NVIDIA = load_stack(ROOT, "2026.05").base_image
 DEBIAN = "sparktune-stub-debian:test"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PACKAGES = "python3,python3-pip,python3-venv,python3-dev,gcc,libc6-dev,ca-certificates"
-TOOLS = {"/usr/sbin/dockerd": "docker.io", "/usr/sbin/debootstrap": "debootstrap",
-         "/usr/bin/docker-registry": "docker-registry", "/usr/bin/setpriv": "util-linux",
+TOOLS = {"/usr/sbin/dockerd": "docker.io", "/usr/bin/docker": "docker.io (from Debian 13 on: docker-cli)",
+         "/usr/bin/containerd": "containerd", "/usr/sbin/debootstrap": "debootstrap",
+         "/usr/bin/docker-registry": "docker-registry", "/usr/bin/setpriv": "util-linux", "/usr/bin/ps": "procps",
          "/usr/sbin/mkfs.ext4": "e2fsprogs"}
 SIX = "six==1.17.0 --hash=sha256:4721f391ed90541fddacab5acf947aa0d3dc7d27b2e1e8eda2be8970586c3274\n"
 """The lock file of a build that takes seconds."""
@@ -52,45 +53,76 @@ class Engine:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, folder / "data"
+        self.socket = folder / "docker.sock"
+        self.host = f"unix://{self.socket}"
+        self._processes: list[subprocess.Popen[bytes]] = []
         self.data.mkdir()
         disk = folder / "disk.ext4"
         with disk.open("wb") as file:
             file.truncate(DISK_BYTES)
         # it lives as long as the tests: nothing has to survive a power cut
         subprocess.run(["/usr/sbin/mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(disk)], check=True)
-        subprocess.run(["mount", "-o", "loop,noatime", str(disk), str(self.data)], check=True)
-        self.socket = folder / "docker.sock"
-        self.host = f"unix://{self.socket}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self.mount("-o", "loop,noatime", str(disk), str(self.data))
+        filesystems = Path("/proc/filesystems").read_text(encoding="utf-8").split()
+        if "overlay" not in filesystems and subprocess.run(["modprobe", "overlay"], check=False).returncode:
+            # the engine's other driver, vfs, copies a layer whole: forty times the base's two gigabytes an image
+            raise RuntimeError("The kernel has no overlay file system, on which the engine's images stand: "
+                               "`modprobe overlay` failed. Run these tests on a kernel that has it.")
+        if not any(line.split()[2].startswith("cgroup") for line in _mounts()):
+            self.mount("-t", "cgroup2", "cgroup2", "/sys/fs/cgroup")
+
+    @staticmethod
+    def mount(*arguments: str) -> None:
+        done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"The engine's tests must mount file systems, and `mount {' '.join(arguments)}` failed: "
+                               f"{done.stderr.strip()}. Run them as root on a machine, or in a privileged container.")
 
     def start(self) -> None:
-        """Starts it and waits until it answers."""
-        log = (self.folder / "dockerd.log").open("ab")
-        self._process = subprocess.Popen(
-            ["/usr/sbin/dockerd", "--iptables=false", "--bridge=none", "-H", self.host, "--data-root", str(self.data),
-             "--exec-root", str(self.folder / "exec"), "-p", str(self.folder / "pid")],
-            stdout=log, stderr=log, start_new_session=True,
-        )
-        for _ in range(150):
-            if self._process.poll() is not None:
-                raise RuntimeError((self.folder / "dockerd.log").read_text()[-2000:])
-            if self.docker("version", check=False).returncode == 0:
-                self.socket.chmod(0o666)  # some tests act as another user
-                return
-            time.sleep(0.2)
-        raise RuntimeError("dockerd did not answer in 30 s: " + (self.folder / "dockerd.log").read_text()[-2000:])
+        """Starts it and waits until it answers. No bridge and no firewall: it needs no network of its own."""
+        state = self.folder / "exec"
+        address = state / "containerd.sock"
+        # a containerd of its own: an engine would take the machine's, where it finds one
+        self._spawn("/usr/bin/containerd", "--address", str(address), "--root", str(self.data / "containerd"),
+                    "--state", str(state / "containerd"))
+        self._until("containerd", address.exists)
+        self._spawn("/usr/sbin/dockerd", "--iptables=false", "--bridge=none", "--ip-forward=false",
+                    "--storage-driver=overlay2", "--containerd", str(address), "-H", self.host,
+                    "--data-root", str(self.data), "--exec-root", str(state), "-p", str(self.folder / "pid"))
+        self._until("dockerd", lambda: self.docker("version", check=False).returncode == 0)
+        self.socket.chmod(0o666)  # some tests act as another user
+
+    def _spawn(self, program: str, *arguments: str) -> None:
+        with (self.folder / f"{Path(program).name}.log").open("ab") as log:
+            self._processes.append(subprocess.Popen(
+                [program, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            ))
+
+    def _until(self, name: str, answers: Callable[[], bool]) -> None:
+        """Waits until the program just started answers."""
+        deadline = time.monotonic() + 60
+        while not answers():
+            code = self._processes[-1].poll()
+            if code is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            lines = (self.folder / f"{name}.log").read_text(errors="replace").splitlines()
+            worst = [line for line in lines if re.search(r"level=(error|fatal)|^failed|cannot|denied", line)]
+            what = "does not answer after 60 s" if code is None else f"ended with {code} before it answered"
+            said = "\n".join((worst or lines)[-8:])
+            raise RuntimeError(f"The tests' Docker engine could not be started here: {name} {what}. It said:\n{said}")
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Ends it; what does not end with it (its containerd, after a SIGKILL) is ended by its own process id."""
-        if self._process is None:
-            return
-        if self._process.poll() is None:
-            self._process.send_signal(number)
-            try:
-                self._process.wait(timeout=40)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        """Ends it; what does not end with it (the shims of its containers, after a SIGKILL) is ended by its id."""
+        for process in reversed(self._processes):
+            if process.poll() is None:
+                process.send_signal(number)
+                try:
+                    process.wait(timeout=40)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        self._processes.clear()
         deadline = time.monotonic() + 5
         while (left := self._helpers()) and time.monotonic() < deadline:
             for pid in left:
@@ -110,11 +142,9 @@ class Engine:
     def remove(self) -> None:
         """Ends what still runs in it, and it, and takes its file system away."""
         if left := self.docker("ps", "-q", check=False).stdout.split():
-            self.docker("rm", "-f", *left)
+            self.docker("rm", "-f", *left, check=False)
         self.stop()
-        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-        for mount in sorted((m for m in mounted if m.startswith(f"{self.folder}/")), reverse=True):
-            subprocess.run(["umount", "-l", mount], check=False)  # a killed engine leaves its layers mounted
+        _unmount(self.folder)
         shutil.rmtree(self.folder)
 
     @contextmanager
@@ -145,14 +175,32 @@ class Engine:
         )
 
 
+def _mounts() -> list[str]:
+    """Returns the lines of /proc/mounts."""
+    return Path("/proc/mounts").read_text(encoding="utf-8").splitlines()
+
+
+def _unmount(folder: Path) -> None:
+    """Takes away every file system that is mounted below `folder`: a killed engine leaves its layers mounted."""
+    below = [path for path in (line.split()[1] for line in _mounts()) if path.startswith(f"{folder}/")]
+    for path in sorted(below, reverse=True):
+        subprocess.run(["umount", "-l", path], check=False)
+
+
 @pytest.fixture(scope="session")
 def engine_parts() -> Iterator[Engine]:
     """The engine, without any image."""
     assert os.geteuid() == 0, "the tests of the image start a Docker engine, which needs root"
     missing = [package for tool, package in TOOLS.items() if not Path(tool).exists()]
     assert not missing, f"the tests of the image need Debian's tools: apt-get install {' '.join(missing)}"
-    engine = Engine(Path(tempfile.mkdtemp(prefix="sparktune-engine-")))
-    engine.folder.chmod(0o755)
+    folder = Path(tempfile.mkdtemp(prefix="sparktune-engine-"))
+    folder.chmod(0o755)
+    try:
+        engine = Engine(folder)
+    except BaseException:
+        _unmount(folder)
+        shutil.rmtree(folder)
+        raise
     try:
         engine.start()
         yield engine
@@ -186,15 +234,21 @@ def _make_base(engine: Engine, archive: Path) -> None:
     """Makes the stub base by debootstrap and docker/stub/Dockerfile, and saves it as `archive`."""
     with tempfile.TemporaryDirectory(prefix="sparktune-stub-", dir=archive.parent) as scratch:
         tree, context = Path(scratch) / "tree", Path(scratch) / "context"
-        subprocess.run(
-            ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(tree)],
-            check=True, stdout=subprocess.DEVNULL,
-        )
-        with subprocess.Popen(
-            ["tar", "-C", str(tree), "--exclude=./var/cache/apt", "--exclude=./var/lib/apt/lists", "-c", "."],
-            stdout=subprocess.PIPE,
-        ) as tar:
-            engine.docker("import", "-", DEBIAN, stdin=tar.stdout)
+        tree.mkdir()
+        # dpkg waits for the disk after every file: in memory that costs nothing
+        Engine.mount("-t", "tmpfs", "-o", "size=2g", "tmpfs", str(tree))
+        try:
+            subprocess.run(
+                ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(tree)],
+                check=True, stdout=subprocess.DEVNULL,
+            )
+            with subprocess.Popen(
+                ["tar", "-C", str(tree), "--exclude=./var/cache/apt", "--exclude=./var/lib/apt/lists", "-c", "."],
+                stdout=subprocess.PIPE,
+            ) as tar:
+                engine.docker("import", "-", DEBIAN, stdin=tar.stdout)
+        finally:
+            _unmount(Path(scratch))
         shutil.copytree(STUB, context)
         shutil.copy(CERTIFICATES, context)
         _torch_wheel(context / "wheels")

@@ -56,7 +56,7 @@ class Person:
     def start(self, *arguments: str, script: str = "run.sh") -> subprocess.Popen[str]:
         """Starts a script of the checkout with these arguments."""
         env = {"PATH": os.environ["PATH"], "HOME": str(self.home), "DOCKER_HOST": self.engine.host, "CI": "true",
-               "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+               "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": str(os.cpu_count())}  # nothing else runs beside this tier
         # the checkout and its Python may be root's alone: this process may read them, and owns what it writes
         rights = "+dac_read_search"
         return subprocess.Popen(
@@ -101,6 +101,19 @@ def training(
     raise AssertionError("training did not come that far in 600 s")
 
 
+def holds(engine: Any, image: str, word: str) -> bool:
+    """Returns whether a saved image (every layer, its configuration) holds a word, as a file's bytes or in JSON."""
+    wanted, rest = word.encode(), b""
+    with subprocess.Popen(["/usr/bin/docker", "-H", engine.host, "save", image], stdout=subprocess.PIPE) as save:
+        assert save.stdout is not None
+        found = False
+        while chunk := save.stdout.read(4 * 2**20):
+            found = found or wanted in rest + chunk
+            rest = chunk[-len(wanted):]
+    assert save.returncode == 0
+    return found
+
+
 def arguments_of_all_processes() -> str:
     """Returns every command line on this machine."""
     lines = []
@@ -113,7 +126,7 @@ def arguments_of_all_processes() -> str:
 
 
 def test_a_run_survives_a_killed_container_a_killed_start_and_ctrl_c(person: Person, client: Any, engine: Any) -> None:
-    run = person.work / "results" / "journey"
+    run, begun = person.work / "results" / "journey", int(time.time())
 
     def newest() -> int:
         made = [p.name.removeprefix("checkpoint-") for p in run.glob("checkpoint-*")]
@@ -124,6 +137,7 @@ def test_a_run_survives_a_killed_container_a_killed_start_and_ctrl_c(person: Per
         "--backend", "docker", "--non-interactive", "--plain", "--rebuild", "--device", "cpu", "--mode", "lora",
         "--name", "journey", "--model", "model", "--data", "smoke.jsonl", "--learning-rate", "3e-3",
         "--eval-split", "0", "--epochs", "14", "--pack-length", "640", "--save-steps", "3", "--gguf", "q8_0",
+        "--calibrate", "yes",
     )
     container = training(client, run, lambda: newest() >= 3, process)
     seen += [json.dumps(container.attrs), arguments_of_all_processes()]
@@ -135,6 +149,8 @@ def test_a_run_survives_a_killed_container_a_killed_start_and_ctrl_c(person: Per
     assert "was ended by SIGKILL" in said
     assert "resume journey" in said
     assert engine.idle()
+    assert json.loads((run / "calibration.json").read_text(encoding="utf-8"))["steps"] > 0
+    assert "container sparktune-journey-calibrate-" in (run / "log.txt").read_text(encoding="utf-8")
 
     before = newest()
     process = person.start("--backend", "docker", "--non-interactive", "--plain", "resume", "journey")
@@ -172,9 +188,14 @@ def test_a_run_survives_a_killed_container_a_killed_start_and_ctrl_c(person: Per
             assert TOKEN.encode() not in path.read_bytes(), path
     images = client.images.list(name="sparktune")
     assert images
-    everything = [*person.said, *seen, *(json.dumps(image.attrs) for image in images),
+    events = engine.docker("events", "--since", str(begun), "--until", str(int(time.time()) + 1)).stdout
+    assert "sparktune-journey-train-" in events
+    everything = [*person.said, *seen, events, *(json.dumps(image.attrs) for image in images),
                   *(engine.docker("history", "--no-trunc", image.id).stdout for image in images)]
     assert [text for text in everything if TOKEN in text] == []
+    used = container.attrs["Config"]["Image"]
+    assert holds(engine, used, "org.sparktune.input-hash")
+    assert not holds(engine, used, TOKEN)
 
 
 def test_any_command_runs_in_the_image_as_the_caller(person: Person, client: Any, engine: Any) -> None:
