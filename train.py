@@ -42,13 +42,20 @@ def main() -> int:
         "--rehearse", type=int, default=None, metavar="N",
         help="time N steps of the plan in --config, write calibration.json beside it, and keep nothing else",
     )
+    parser.add_argument("--attempt", type=int, default=None, help=argparse.SUPPRESS)  # see training/warmth.py
     add_plan_flags(parser, "train")
     args = parser.parse_args()
 
     from sparktune.setup.plan.errors import SparktuneError
     from sparktune.training.compilers import private_compilers
     from sparktune.training.engine_choice import engine_of_command, load_unsloth
+    from sparktune.training.warmth import Warmth, run_until_warm
 
+    if args.rehearse is not None and args.attempt is None:
+        if args.config is None:
+            parser.error("--rehearse times a complete plan: give it as --config RUN/plan.yaml")
+        return run_until_warm([sys.executable, *sys.orig_argv[1:]])
+    warmth = Warmth(args.attempt) if args.rehearse is not None else None
     private_compilers(os.environ)
     flags = given_flags(args)
     choice = engine_of_command(flags, args.config, os.environ, ROOT / "train.py", sys.argv[1:])
@@ -59,12 +66,10 @@ def main() -> int:
             print(f"{error} (engine unsloth: {choice.reason})", file=sys.stderr)
             return error.exit_code
 
-    if args.rehearse is not None:
-        if args.config is None:
-            parser.error("--rehearse times a complete plan: give it as --config RUN/plan.yaml")
+    if warmth is not None:
         from sparktune.training.rehearsal import run_rehearsal
 
-        return run_rehearsal(args.config, args.rehearse)
+        return run_rehearsal(args.config, args.rehearse, warmth)
 
     from sparktune.training.session import run_session  # torch loads here, after --help and usage errors
 

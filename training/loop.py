@@ -98,6 +98,8 @@ class TrainingLoop:
         self.sample_steps = self.plan.sample_steps or self.eval_steps
         self.warmup = warmup_length(total, self.plan.warmup_ratio, self.plan.warmup_steps)
         self.result_name = "weights" if self.plan.mode == "full" else "adapter"
+        self.spent = {what: [0.0, 0.0] for what in ("evaluation", "samples", "saves")}
+        """What the loop did besides its steps: [how much, seconds]; micro-batches, tokens, folders."""
         self._checked = False
         self._last_line_s = 0.0
         self._saved_step: int | None = self.state.step if self.state.step else None
@@ -125,7 +127,7 @@ class TrainingLoop:
         if self._saved_step != self.state.step:
             self.save()
         self._take_best()
-        return self._export()
+        return self.export()
 
     def step(self) -> None:
         """One optimiser step over the micro-batches that belong to it."""
@@ -254,9 +256,14 @@ class TrainingLoop:
         if self.stop.requested and not ends:
             self._stop()
 
+    def _note_time(self, what: str, how_much: float, began: float) -> None:
+        self.spent[what][0] += how_much
+        self.spent[what][1] += time.perf_counter() - began
+
     def evaluate(self) -> float | None:
         """Returns the mean cross-entropy over the held-out supervised tokens; None when a stop was asked for."""
         assert self.evaluation is not None
+        began = time.perf_counter()
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         supervised = 0
         for index in range(len(self.evaluation)):
@@ -265,7 +272,9 @@ class TrainingLoop:
             batch = self.evaluation.micro_batch(0, index)
             supervised += batch.supervised_tokens
             total += self.engine.loss_sum(batch)
-        return total.item() / supervised if supervised else math.nan
+        mean = total.item() / supervised if supervised else math.nan  # waits for the device
+        self._note_time("evaluation", len(self.evaluation), began)
+        return mean
 
     def _note_evaluation(self, value: float) -> bool:
         """Logs an evaluation loss. Returns whether it is the lowest so far."""
@@ -283,8 +292,11 @@ class TrainingLoop:
         return False
 
     def sample(self) -> None:
+        """Answers the prompts."""
         for prompt in self.prompts:
+            began = time.perf_counter()
             answer = self.engine.generate(prompt.ids, self.max_new_tokens, self.stop_ids)
+            self._note_time("samples", len(answer), began)
             self.log.sample(self.state.step, prompt.text, self.decode(answer))
 
     def _out_of_patience(self) -> bool:
@@ -294,13 +306,16 @@ class TrainingLoop:
     # -- keeping
 
     def save(self) -> None:
+        """Writes a checkpoint of this step, unless there is one."""
         if self._saved_step == self.state.step and not self.state.pending:
             return
+        began = time.perf_counter()
         self.state.metrics_bytes, self.state.samples_bytes = self.log.sync()
         path = save_checkpoint(self.run.root, self.state, self.engine.state(), self.engine.export, self.result_name)
         self._saved_step = self.state.step
         best = {self.state.best_step} if self.plan.early_stopping is not None and self.state.best_step else set()
         rotate(self.run.root, self.plan.keep_checkpoints, {step for step in best if step is not None})
+        self._note_time("saves", 1, began)
         self.say(f"step {self.state.step}: saved {path.name}")
 
     def _stop(self) -> None:
@@ -332,11 +347,12 @@ class TrainingLoop:
         self.engine.load_state(load_engine_state(checkpoint))
         self.say(f"The result is step {best}, which had the lowest evaluation loss.")
 
-    def _export(self) -> Path:
-        """Writes `adapter/` or `weights/`; the folder appears by rename."""
+    def export(self) -> Path:
+        """Writes `adapter/` or `weights/` and returns it; the folder appears by rename."""
         final = self.run.root / self.result_name
         partial = self.run.root / f".{self.result_name}.partial"
         old = self.run.root / f".{self.result_name}.old"
+        began = time.perf_counter()
         try:
             for leftover in (partial, old):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -350,6 +366,7 @@ class TrainingLoop:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise storage_error(error, f"the trained {self.result_name} in {self.run.root}") from error
+        self._note_time("saves", 1, began)
         return final
 
 

@@ -3,8 +3,14 @@
     python train.py --config RUN/plan.yaml --rehearse 15
 
 The plan is built exactly as training would build it, trains a few steps in a folder that is removed afterwards, and
-what they learned is thrown away. A step's time is shared out over its arithmetic (tokens, and attention's pairs of
-tokens), so that steps of unequal size count for what they are; evaluation, samples and checkpoints are timed once each.
+what they learned is thrown away. It goes as a run goes: start, evaluation, samples, the first steps that make kernels
+and graphs ready; then the steps that are timed, and evaluation, samples, checkpoint and export once more. What costs
+more the first time is counted once, the rest as often as the run will do it.
+
+What the machine keeps (compiled kernels, weights and libraries in the page cache) a run finds there because the
+rehearsal has paid for it. So a rehearsal that had to compile or to read from the disk is done once more in a new
+process (training/warmth.py), which is the one that counts. Otherwise the compiler's seconds would be announced once,
+and paid by nobody.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,15 +44,29 @@ from sparktune.training.loop import TrainingLoop
 from sparktune.training.memory import peak_gib
 from sparktune.training.narrator import Narrator
 from sparktune.training.packing import PackPlan
-from sparktune.training.session import assemble, decide_plan, device_of, prepare_torch, refuse_unsupported
+from sparktune.training.session import (
+    assemble,
+    decide_plan,
+    device_of,
+    examine_result,
+    prepare_torch,
+    refuse_unsupported,
+)
 from sparktune.training.stop import StopRequest
+from sparktune.training.warmth import COLD, Warmth
 
-__all__ = ["StepCost", "rehearse", "run_rehearsal"]
+__all__ = ["Cold", "StepCost", "rehearse", "run_rehearsal", "spread_of", "steps_seconds"]
 
 _WARM_UP = 3
 """Steps that compile kernels and capture graphs; their excess over a later step counts once."""
 _EVAL_BATCHES = 4
 _LEAST_SPREAD = 0.03
+_ENDS_S = {"cpu": 0.4, "cuda": 1.2}
+"""From the last line of a training process until its parent sees its end."""
+
+
+class Cold(Exception):
+    """This process paid for what the machine keeps; a new one will find it there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +93,114 @@ def _synchronised(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def steps_seconds(costs: Sequence[float], seconds: Sequence[float], all_costs: Sequence[float]) -> float:
+    """Returns the seconds of steps whose arithmetic is known, from some that were timed.
+
+    A straight line through what was timed, at the mean of all: steps have a part that does not grow with them (the
+    launches, the optimiser), so the line is never steeper than through the origin, and never falls.
+
+    Args:
+        costs: FLOP of the timed steps.
+        seconds: of the timed steps.
+        all_costs: FLOP of the steps that are asked for.
+    """
+    cost, spent = statistics.mean(costs), statistics.mean(seconds)
+    spread = sum((c - cost) ** 2 for c in costs)
+    together = sum((c - cost) * (s - spent) for c, s in zip(costs, seconds, strict=True))
+    slope = min(max(together / spread, 0.0), spent / cost) if spread > (0.02 * cost) ** 2 * len(costs) else spent / cost
+    return len(all_costs) * (spent + slope * (statistics.mean(all_costs) - cost))
+
+
+def spread_of(rates: Sequence[float]) -> float:
+    """Returns two standard errors of the mean, as a share of it."""
+    if len(rates) < 2:
+        return 0.1
+    return 2 * statistics.stdev(rates) / statistics.mean(rates) / math.sqrt(len(rates))
+
+
+class _Rehearsal:
+    """A loop at its beginning, and a clock."""
+
+    def __init__(
+        self, loop: TrainingLoop, cost: StepCost, stop: StopRequest, events: Narrator, finish: Callable[[], object]
+    ) -> None:
+        self.loop, self.cost, self.stop, self.events, self.finish = loop, cost, stop, events, finish
+        self.device, self.total = loop.engine.device, loop.length.total_steps
+        assert isinstance(loop.train, PackPlan)
+        self.train = loop.train
+        held_out = loop.evaluation
+        self.held_out = held_out if isinstance(held_out, PackPlan) and len(held_out) else None
+        self.seconds: list[float] = []
+        self.costs: list[float] = []
+        self.tokens: list[int] = []
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        before = _synchronised(self.device)
+        work()
+        return _synchronised(self.device) - before
+
+    def step(self, of: int) -> None:
+        """Makes one step."""
+        if self.stop.requested:
+            raise KeyboardInterrupt
+        seen, step = self.loop.state.tokens, self.loop.state.step + 1
+        self.seconds.append(self._timed(self.loop.step))
+        self.costs.append(self.cost(*self.train.work(*self.loop.length.where(step))))
+        self.tokens.append(self.loop.state.tokens - seen)
+        self.events.progress("calibrate", step, of, "steps")
+
+    def evaluation(self) -> float:
+        """Returns the seconds of one evaluation, from some of its micro-batches."""
+        held_out = self.held_out
+        if held_out is None:
+            return 0.0
+        few = min(_EVAL_BATCHES, len(held_out))
+
+        def some() -> None:
+            for index in range(few):
+                self.loop.engine.loss_sum(held_out.micro_batch(0, index))
+
+        whole = self.cost(*held_out.work(0, 0, len(held_out))) / self.cost(*held_out.work(0, 0, few))
+        return self._timed(some) * whole
+
+    def samples(self) -> tuple[float, float]:
+        """Answers the prompts once. Returns (seconds, tokens of all answers)."""
+        answers: list[list[int]] = []
+
+        def answer() -> None:
+            for prompt in self.loop.prompts:
+                answers.append(self.loop.engine.generate(prompt.ids, self.loop.max_new_tokens, self.loop.stop_ids))
+
+        return self._timed(answer), sum(map(len, answers))
+
+    def save(self) -> float:
+        """Writes a checkpoint."""
+        return self._timed(self.loop.save)
+
+    def export(self) -> float:
+        """Writes the result, as at the end of training."""
+        return self._timed(self.finish)
+
+    def data_answers(self) -> float:
+        """Returns the tokens of the prompts' answers if those are as long as the data's."""
+        source = (self.held_out or self.train).dataset
+        counts = source.supervised_counts
+        longest = self.loop.max_new_tokens
+        return len(self.loop.prompts) * float(counts.clip(max=longest).mean()) if len(counts) else 0.0
+
+    def epoch_costs(self) -> list[float]:
+        """Returns the FLOP of every step of the first epoch."""
+        steps = range(1, min(self.total, self.loop.length.steps_per_epoch) + 1)
+        return [self.cost(*self.train.work(*self.loop.length.where(step))) for step in steps]
+
+    def times(self, every: int) -> int:
+        """Returns how often a run does what it does every so many steps, and at its end."""
+        return self.total // every + (self.total % every > 0)
+
+
 def rehearse(
-    loop: TrainingLoop, spec: ModelSpec, supervised_share: float, steps: int, began: float, stop: StopRequest,
-    events: Narrator,
+    loop: TrainingLoop, spec: ModelSpec, supervised_share: float, steps: int, start_s: float, stop: StopRequest,
+    events: Narrator, finish: Callable[[], object], is_cold: Callable[[], bool] = lambda: False,
 ) -> Calibration:
     """Times `steps` steps of a loop at its beginning, and every other thing it will do.
 
@@ -84,82 +209,66 @@ def rehearse(
         spec: the model.
         supervised_share: share of the tokens that are learned.
         steps: how many to time, after the warm-up.
-        began: `time.perf_counter()` when the process began to build the loop.
+        start_s: seconds from the process's start until the loop was built.
         stop: a signal ends the rehearsal between two steps.
         events: hears how far it is.
+        finish: what follows the last checkpoint: the export, and whatever is measured of it.
+        is_cold: asked when everything was done once: whether this process paid for what the next will find.
 
     Raises:
+        Cold: it did.
         SparktuneError: the run is too short to be timed.
         KeyboardInterrupt: a signal asked to stop.
     """
-    device, length = loop.engine.device, loop.length
-    assert isinstance(loop.train, PackPlan)
-    plan_steps = length.total_steps
+    plan_steps = loop.length.total_steps
     warm_up = min(_WARM_UP, max(plan_steps - 2, 0))
     timed = min(steps, plan_steps - warm_up)
     if timed < 2:
         raise SparktuneError(f"The run has {plan_steps} steps, too few to time some of them. Just start it.")
-    cost = StepCost.of(loop.plan, spec, supervised_share)
-    start_s = _synchronised(device) - began
-    seconds, costs, tokens = [], [], 0
-    for step in range(1, warm_up + timed + 1):
-        if stop.requested:
-            raise KeyboardInterrupt
-        before, seen = _synchronised(device), loop.state.tokens
-        loop.step()
-        seconds.append(_synchronised(device) - before)
-        costs.append(cost(*loop.train.work(*length.where(step))))
-        tokens += (loop.state.tokens - seen) if step > warm_up else 0
-        events.progress("calibrate", step, warm_up + timed, "steps")
-    rate = sum(seconds[warm_up:]) / sum(costs[warm_up:])
-    first_s = max(0.0, sum(seconds[:warm_up]) - rate * sum(costs[:warm_up]))
-    first_epoch = range(1, min(plan_steps, length.steps_per_epoch) + 1)
-    an_epoch = [cost(*loop.train.work(*length.where(step))) for step in first_epoch]
-    steps_s = rate * sum(an_epoch) * plan_steps / len(an_epoch)
-    others_s, held_out = _others(loop, cost)
-    spread = _spread([s / c for s, c in zip(seconds[warm_up:], costs[warm_up:], strict=True)])
+    at = _Rehearsal(loop, StepCost.of(loop.plan, spec, supervised_share), stop, events, finish)
+    first_evaluation, (first_samples, _) = at.evaluation(), at.samples()
+    for _ in range(warm_up):
+        at.step(warm_up + timed)
+    if is_cold():
+        at.save()
+        at.export()
+        raise Cold
+    for _ in range(timed):
+        at.step(warm_up + timed)
+    seconds, costs = at.seconds[warm_up:], at.costs[warm_up:]
+    an_epoch = at.epoch_costs()
+    steps_s = steps_seconds(costs, seconds, an_epoch) * plan_steps / len(an_epoch)
+    first_s = max(0.0, sum(at.seconds[:warm_up]) - steps_seconds(costs, seconds, at.costs[:warm_up] or [0.0]))
+    evaluation, (samples, tokens) = at.evaluation(), at.samples()
+    evaluations = at.times(loop.eval_steps) if at.held_out else 0
+    evaluation_s = evaluation * evaluations + max(first_evaluation, evaluation)
+    # answers grow as long as the data's while the model learns: half of them as long as now, half as there
+    each = samples / tokens if tokens else 0.0
+    now, later = (each * count * at.times(loop.sample_steps) for count in (tokens, at.data_answers()))
+    samples_s = first_samples + (now + later) / 2
+    saves_s = at.save() * at.times(loop.save_steps)
+    export_s = at.export() + _ENDS_S.get(at.device.type, 1.0)
+    spread = spread_of([s / c for s, c in zip(seconds, costs, strict=True)])
+    others_s = evaluation_s + samples_s + saves_s + export_s
     train_s = start_s + first_s + steps_s + others_s
-    margin = max(spread * steps_s, _LEAST_SPREAD * train_s) + 0.3 * (start_s + first_s + others_s)
+    margin = (
+        max(spread * steps_s, _LEAST_SPREAD * train_s) + 0.2 * (start_s + first_s + others_s) + abs(now - later) / 2
+    )
     loop.say(
-        f"{timed} steps took {statistics.mean(seconds[warm_up:]):.2f} s each; start {start_s + first_s:.1f} s, "
-        f"{held_out} evaluation micro-batches, samples and checkpoints {others_s:.1f} s in all."
+        f"{timed} steps took {statistics.mean(seconds):.2f} s each; start {start_s + first_s:.1f} s, "
+        f"{evaluations + 1} evaluations {evaluation_s:.1f} s, samples {samples_s:.1f} s, checkpoints and result "
+        f"{saves_s + export_s:.1f} s."
     )
     return Calibration(
         steps=timed, train_s=round(train_s, 2), low_s=round(max(0.0, train_s - margin), 2),
-        high_s=round(train_s + margin, 2), tok_per_s=round(tokens / sum(seconds[warm_up:]), 1),
-        peak_gib=round(peak_gib(device), 3), device=device.type,
+        high_s=round(train_s + margin, 2), tok_per_s=round(sum(at.tokens[warm_up:]) / sum(seconds), 1),
+        peak_gib=round(peak_gib(at.device), 3), device=at.device.type,
+        parts={
+            "start": round(start_s, 2), "first steps": round(first_s, 2), "steps": round(steps_s, 2),
+            "evaluation": round(evaluation_s, 2), "samples": round(samples_s, 2), "saves": round(saves_s, 2),
+            "export": round(export_s, 2),
+        },
     )
-
-
-def _spread(rates: Sequence[float]) -> float:
-    """Two standard errors of the mean, as a share of it."""
-    if len(rates) < 2:
-        return 0.1
-    return 2 * statistics.stdev(rates) / statistics.mean(rates) / math.sqrt(len(rates))
-
-
-def _others(loop: TrainingLoop, cost: StepCost) -> tuple[float, int]:
-    """Seconds that evaluations, samples, checkpoints and the export will take over the run, from one of each."""
-    device, total = loop.engine.device, loop.length.total_steps
-    times_evaluated = total // loop.eval_steps + (total % loop.eval_steps > 0) + 1
-    seconds, batches = 0.0, 0
-    if isinstance(loop.evaluation, PackPlan) and len(loop.evaluation):
-        batches = len(loop.evaluation)
-        few = min(_EVAL_BATCHES, batches)
-        before = _synchronised(device)
-        for index in range(few):
-            loop.engine.loss_sum(loop.evaluation.micro_batch(0, index))
-        spent = _synchronised(device) - before
-        share = cost(*loop.evaluation.work(0, 0, batches)) / cost(*loop.evaluation.work(0, 0, few))
-        seconds += spent * share * times_evaluated
-    before = _synchronised(device)
-    loop.sample()
-    times_sampled = total // loop.sample_steps + (total % loop.sample_steps > 0) + 1
-    seconds += (_synchronised(device) - before) * times_sampled
-    before = _synchronised(device)
-    loop.save()
-    times_saved = total // loop.save_steps + (total % loop.save_steps > 0) + 1  # the export writes about as much
-    return seconds + (_synchronised(device) - before) * times_saved, batches
 
 
 class _Quiet(Narrator):
@@ -180,7 +289,7 @@ class _Quiet(Narrator):
             super().line(text)
 
 
-def _rehearse_plan(root: Path, steps: int, began: float, events: Narrator) -> Calibration:
+def _rehearse_plan(root: Path, steps: int, warmth: Warmth, events: Narrator) -> Calibration:
     plan = load_plan(root / "plan.yaml")
     spec, device = probe(plan.model), device_of(plan)
     refuse_unsupported(plan, spec, device)
@@ -189,37 +298,50 @@ def _rehearse_plan(root: Path, steps: int, began: float, events: Narrator) -> Ca
     data = prepare(plan, spec, str(model_dir), events, tokenizer)
     plan = decide_plan(plan, spec, data, device, events)
     scratch = Path(tempfile.mkdtemp(prefix=".rehearsal-", dir=root))
+    run = RunDir(name=scratch.name, results_root=root, output_root=root)
     stop = StopRequest()
     stop.install()
     try:
         prepare_torch(plan, device)
         loop = assemble(
-            plan.model_copy(update={"tensorboard": False}), spec, model_dir,
-            RunDir(name=scratch.name, results_root=root, output_root=root), data, tokenizer, device, events, stop,
-            checkpoint=None, state=LoopState(maths={}),
+            plan, spec, model_dir, run, data, tokenizer, device, events, stop, checkpoint=None,
+            state=LoopState(maths={}),
         )
+        start_s = warmth.since_start_s()
+
+        def finish() -> None:
+            loop.export()
+            examine_result(loop, model_dir, events)
+
         try:
-            return rehearse(loop, spec, data.report.supervised_share, steps, began, stop, events)
+            return rehearse(
+                loop, spec, data.report.supervised_share, steps, start_s, stop, events, finish, warmth.is_cold
+            )
         finally:
             loop.log.close()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def run_rehearsal(config: Path, steps: int) -> int:
+def run_rehearsal(config: Path, steps: int, warmth: Warmth) -> int:
     """Rehearses the plan in `config` and writes calibration.json beside it. Returns the exit code.
+
+    A process that found the machine cold returns COLD and writes nothing: another one is to do it again.
 
     Args:
         config: a complete plan.yaml.
         steps: steps to time, at least 2.
+        warmth: when the process started, and what the machine kept then.
     """
-    began = time.perf_counter() - time.process_time()  # what was imported counts: training imports it too
     root, events = config.resolve().parent, _Quiet()
     try:
         events.attach(root / "stages" / "calibrate.ndjson", None)
-        result = _rehearse_plan(root, max(2, steps), began, events)
+        result = _rehearse_plan(root, max(2, steps), warmth, events)
         write_durably(root / "calibration.json", result.model_dump_json(indent=1))
         return ExitCode.OK
+    except Cold:
+        events.message(f"The machine was cold ({warmth.why}): once more, as the run will find it.")
+        return COLD
     except SparktuneError as error:
         return _refuse(events, str(error), error.exit_code)
     except KeyboardInterrupt:

@@ -44,7 +44,9 @@ from sparktune.training.schedule import run_length, tenth
 from sparktune.training.stop import StopRequest
 from sparktune.training.unsloth_engine import UnslothEngine
 
-__all__ = ["assemble", "decide_plan", "device_of", "prepare_torch", "refuse_unsupported", "run_session"]
+__all__ = [
+    "assemble", "decide_plan", "device_of", "examine_result", "prepare_torch", "refuse_unsupported", "run_session",
+]
 
 _MATHS = (
     "model", "mode", "engine", "seed", "pack", "pack_length", "num_epochs", "max_steps", "per_device_batch_size",
@@ -272,14 +274,20 @@ def _run(
         result = loop.run_to_end()
     finally:
         loop.log.close()
-    if isinstance(loop.engine, NativeEngine) and base_storage(plan) != "none":
-        write_merge_gap(
-            loop.engine.model, model_dir, base_storage(plan), loop.evaluation, loop.train, run.merge_gap,
-            events.message,
-        )
+    examine_result(loop, model_dir, events)
     size = sum(path.stat().st_size for path in result.rglob("*") if path.is_file())
     events.emit("artifact", path=str(result), bytes=size)
     events.message(f"Trained: {result}")
+    events.emit("end", ok=True, spent=loop.spent)
+
+
+def examine_result(loop: TrainingLoop, model_dir: Path, events: Narrator) -> None:
+    """Measures what the merge will lose, where the base was stored in fewer bits."""
+    storage = base_storage(loop.plan)
+    if isinstance(loop.engine, NativeEngine) and storage != "none":
+        write_merge_gap(
+            loop.engine.model, model_dir, storage, loop.evaluation, loop.train, loop.run.merge_gap, events.message
+        )
 
 
 def prepare_torch(plan: Plan, device: torch.device) -> None:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparktune.setup.machine.symptoms import read_metrics
 from sparktune.setup.plan.arithmetic import training_flop
-from sparktune.setup.plan.eta import Pace, filled_share, pauses_of, work_of
+from sparktune.setup.plan.eta import Pace, filled_share, training_work, work_of
+from sparktune.setup.plan.memory import checkpoint_bytes
 from sparktune.setup.plan.outfolder import write_durably
 from sparktune.setup.plan.rundir import RunDir, cache_dir
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
@@ -72,24 +73,41 @@ def steady_tok_per_s(rows: Sequence[dict[str, Any]]) -> float | None:
 def record_training(
     plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine, run: RunDir, seconds: float
 ) -> None:
-    """Remembers the speed of a finished training, and what of its `seconds` it spent outside its steps."""
+    """Remembers the speed of a finished training, and what of its `seconds` it spent on what besides its steps."""
     rows = read_metrics(run.metrics)
     speed = steady_tok_per_s(rows)
     if speed is None or plan.engine == "auto" or plan.mode == "auto":
         return
     flop = training_flop(plan, spec, document=report.lengths.mean, supervised_share=report.supervised_share)
     flop /= filled_share(plan, report)  # a GPU computes the padding too
-    steps = [row for row in rows if row.get("tok_per_s")]
-    outside = seconds - sum(row["tokens"] for row in steps) / speed
     book = load_book()
-    if len(steps) == steps[-1]["step"] and outside > 0:  # not a resumed run, whose seconds are those of its last part
-        pauses = pauses_of(plan, len(steps))
-        book.paces.append(Pace(stage="pauses", chip=chip_of(machine), work=pauses, seconds=round(outside, 2)))
+    book.paces += _besides(plan, spec, report, machine, run, seconds, rows, speed)
     book.speeds.append(Speed(
         chip=chip_of(machine), engine=plan.engine, mode=plan.mode, dtype=plan.dtype, recompute=plan.recompute_choice,
         parameters=spec.parameters, flop_per_s=speed * flop, source="own", origin=f"this machine, run {run.name}",
     ))
     _save(book)
+
+
+def _besides(
+    plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine, run: RunDir, seconds: float,
+    rows: Sequence[dict[str, Any]], speed: float,
+) -> list[Pace]:
+    """What a training did besides its steps, with the work each took; nothing of a resumed run, whose parts differ."""
+    steps = [row for row in rows if row.get("tok_per_s")]
+    ends = [row for row in read_metrics(run.stage_events("train")) if row.get("kind") == "end" and row.get("spent")]
+    if len(steps) != steps[-1]["step"] or not ends:
+        return []
+    spent: dict[str, list[float]] = ends[-1]["spent"]
+    start_s = seconds - sum(row["tokens"] for row in steps) / speed - sum(took for _, took in spent.values())
+    planned = training_work(plan, spec, report, len(steps), checkpoint_bytes(plan, spec))
+    chip, took = chip_of(machine), {name: float(s) for name, (_, s) in spent.items()}
+    work = {**{name: planned[f"train: {name}"] for name in took}, "samples": spent["samples"][0]}
+    parts = [("start", planned["train: start"], start_s), *((name, work[name], took[name]) for name in took)]
+    return [
+        Pace(stage=f"train: {name}", chip=chip, work=amount, seconds=round(s, 2))
+        for name, amount, s in parts if amount > 0 and s > 0
+    ]
 
 
 def record_pace(

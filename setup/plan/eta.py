@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from sparktune.setup.plan.arithmetic import forward_flop, training_flop
 from sparktune.setup.plan.recommend import planned_steps
@@ -18,13 +18,12 @@ from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 from sparktune.setup.plan.speeds import Rate, Speed, chip_of, rate_for
 
 __all__ = [
-    "Calibration", "Eta", "Pace", "StageTime", "duration", "estimate", "filled_share", "pauses_of", "rented", "work_of",
+    "Calibration", "Eta", "Pace", "StageTime", "duration", "estimate", "filled_share", "rented", "training_work",
+    "work_of",
 ]
 
 _ERR_HIGH = 1.10
 """What is not calibrated is announced this much longer than the rate says: early is a pleasure, late is not."""
-_SAMPLES = 3 * 64
-"""Tokens that the sample prompts answer at a time."""
 _TOKENS_PER_S = 40.0
 """Greedy decoding without a graph; a guess on the safe side."""
 _DISK = 4e8
@@ -55,6 +54,8 @@ class Calibration(BaseModel):
     """Real tokens a second of the timed steps."""
     peak_gib: float
     device: str
+    parts: dict[str, float] = Field(default_factory=dict)
+    """What `train_s` consists of, in seconds."""
 
 
 class Pace(BaseModel):
@@ -65,8 +66,7 @@ class Pace(BaseModel):
     stage: str
     chip: str
     work: float
-    """Bytes (merge, gguf), FLOP (mtp), weights (evaluate): see `work_of`; how many (pauses: what training spends
-    outside its steps)."""
+    """Bytes (merge, gguf), FLOP (mtp), weights (evaluate): see `work_of`; `training_work` for the parts of training."""
     seconds: float
 
 
@@ -149,31 +149,79 @@ def _guess(stage: str, seconds: float, reason: str, low: float = 0.4, high: floa
     return StageTime(stage=stage, seconds=seconds, low=seconds * low, high=seconds * high, reason=reason)
 
 
-def _train(
-    plan: Plan, spec: ModelSpec, report: DatasetReport, rate: Rate, save_bytes: float, rests: Sequence[Pace]
-) -> StageTime:
-    document, share = report.lengths.mean, report.supervised_share
-    flop = training_flop(plan, spec, document=document, supervised_share=share)
-    steps = planned_steps(plan, report)
-    epochs = _epochs(plan, report, steps)
-    filled = filled_share(plan, report)
-    steps_s = report.lengths.total * epochs / filled * flop / rate.flop_per_s
-    pauses = pauses_of(plan, steps)
-    held_out = report.eval_examples * document * forward_flop(spec, document=document, head_share=share)
-    rest = (
-        _START_S + spec.parameters * 2 / _DISK
-        + pauses * (held_out / rate.flop_per_s + (_SAMPLES / _TOKENS_PER_S if report.eval_examples else 0))
-        + pauses * save_bytes / _DISK
+def training_work(
+    plan: Plan, spec: ModelSpec, report: DatasetReport, steps: int, save_bytes: float
+) -> dict[str, float]:
+    """Returns how much a training of `steps` does besides its steps.
+
+    Args:
+        plan: complete.
+        spec: the model.
+        report: the data.
+        steps: optimiser steps.
+        save_bytes: of one checkpoint.
+
+    Returns:
+        "train: start" (bytes that are loaded), "train: evaluation" (FLOP), "train: samples" (tokens), "train: saves"
+        (bytes): the names under which their paces are kept.
+    """
+    document = report.lengths.mean
+    held_out = report.eval_examples * document * forward_flop(
+        spec, document=document, head_share=report.supervised_share
     )
-    if rests:  # what earlier runs here spent outside their steps: half of it for the start, half for the pauses
-        rest = rests[-1].seconds * (0.5 + 0.5 * pauses / rests[-1].work)
-    low, high = steps_s / rate.high + 0.3 * rest, steps_s / rate.low + 2.0 * rest
+    asked = len(plan.sample_prompts) if plan.sample_prompts else min(3, report.eval_examples)
+    answer = min(64.0, document * report.supervised_share)
+    pauses = {name: _times(given, steps) for name, given in (
+        ("evaluation", plan.eval_steps), ("samples", plan.sample_steps or plan.eval_steps), ("saves", plan.save_steps),
+    )}
+    return {
+        "train: start": spec.parameters * 2.0,
+        "train: evaluation": held_out * (pauses["evaluation"] + 1),
+        "train: samples": asked * answer * (pauses["samples"] + 1),
+        "train: saves": save_bytes * (pauses["saves"] + 1),  # and the result
+    }
+
+
+def _times(every: int | None, steps: int) -> int:
+    """How often a run of `steps` does what it does every so many (a tenth of the run if open), and at its end."""
+    return math.ceil(steps / (every or max(1, steps // 10)))
+
+
+def _besides(work: Mapping[str, float], paces: Sequence[Pace], chip: str, rate: Rate) -> float:
+    """Seconds of training's work besides its steps, as this machine has shown them, or as is guessed."""
+    seconds = 0.0
+    guesses = {
+        "train: start": _START_S + work["train: start"] / _DISK,
+        "train: evaluation": work["train: evaluation"] / rate.flop_per_s,
+        "train: samples": work["train: samples"] / _TOKENS_PER_S,
+        "train: saves": work["train: saves"] / _DISK,
+    }
+    for name, guess in guesses.items():
+        own = [p for p in paces if p.stage == name and p.chip == chip and p.work > 0]
+        if not own or not work[name]:
+            seconds += guess
+        elif name == "train: start":  # most of it does not grow with the weights
+            nearest = min(abs(math.log(p.work / work[name])) for p in own)
+            alike = [p.seconds for p in own if abs(math.log(p.work / work[name])) <= nearest + 1e-9][-3:]
+            seconds += sum(alike) / len(alike)
+        else:
+            recent = own[-5:]
+            seconds += work[name] * sum(p.seconds for p in recent) / sum(p.work for p in recent)
+    return seconds
+
+
+def _train(
+    plan: Plan, spec: ModelSpec, report: DatasetReport, rate: Rate, save_bytes: float, paces: Sequence[Pace], chip: str
+) -> StageTime:
+    flop = training_flop(plan, spec, document=report.lengths.mean, supervised_share=report.supervised_share)
+    steps = planned_steps(plan, report)
+    tokens = report.lengths.total * _epochs(plan, report, steps) / filled_share(plan, report)
+    steps_s = tokens * flop / rate.flop_per_s
+    rest = _besides(training_work(plan, spec, report, steps, save_bytes), paces, chip, rate)
+    known = any(p.stage == "train: start" and p.chip == chip for p in paces)
+    least, most = (0.7, 1.4) if known else (0.3, 2.0)
+    low, high = steps_s / rate.high + least * rest, steps_s / rate.low + most * rest
     return StageTime(stage="train", seconds=(steps_s + rest) * _ERR_HIGH, low=low, high=high, reason=rate.reason)
-
-
-def pauses_of(plan: Plan, steps: int) -> float:
-    """Returns how often a run of `steps` evaluates, answers its samples and saves."""
-    return steps / (plan.eval_steps or max(1, steps // 10)) + 1
 
 
 def _epochs(plan: Plan, report: DatasetReport, steps: int) -> float:
@@ -246,8 +294,7 @@ def estimate(
             elif rate is None:
                 unknown = f"no speed is known for {chip}"
             else:
-                rests = [p for p in paces if p.stage == "pauses" and p.chip == chip and p.work > 0]
-                times.append(_train(plan, spec, report, rate, save_bytes, rests))
+                times.append(_train(plan, spec, report, rate, save_bytes, paces, chip))
             continue
         guess = guesses[stage]
         if stage == "mtp" and plan.mtp == "trained" and rate is not None:

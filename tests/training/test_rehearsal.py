@@ -74,7 +74,7 @@ class PacedEngine:
 
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> list[int]:
         self.clock.now += 0.5
-        return [1]
+        return [1] * max_new_tokens
 
     def state(self) -> dict[str, torch.Tensor]:
         return {"w": torch.zeros(1)}
@@ -121,7 +121,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def _both(tmp_path: Path, clock: Clock, jitter: float, steps: int = 15) -> tuple[Any, float]:
     loop = _loop(tmp_path / "a", clock, jitter)
-    predicted = rehearse(loop, SPEC, SHARE, steps, 0.0, StopRequest(), Narrator())
+    predicted = rehearse(loop, SPEC, SHARE, steps, 0.0, StopRequest(), Narrator(), loop.export)
     clock.now = 0.0
     _loop(tmp_path / "b", clock, jitter).run_to_end()
     return predicted, clock.now
@@ -154,18 +154,21 @@ def test_steps_of_unequal_size_count_for_their_arithmetic(tmp_path: Path, clock:
 
 
 def test_a_run_too_short_to_time_says_so(tmp_path: Path, clock: Clock) -> None:
+    loop = _loop(tmp_path / "a", clock, max_steps=1)
     with pytest.raises(SparktuneError, match="too few to time"):
-        rehearse(_loop(tmp_path / "a", clock, max_steps=1), SPEC, SHARE, 15, 0.0, StopRequest(), Narrator())
+        rehearse(loop, SPEC, SHARE, 15, 0.0, StopRequest(), Narrator(), loop.export)
 
 
 def test_a_signal_ends_it_between_two_steps(tmp_path: Path, clock: Clock) -> None:
     stop = StopRequest()
     stop.requested = True
+    loop = _loop(tmp_path / "a", clock)
     with pytest.raises(KeyboardInterrupt):
-        rehearse(_loop(tmp_path / "a", clock), SPEC, SHARE, 15, 0.0, stop, Narrator())
+        rehearse(loop, SPEC, SHARE, 15, 0.0, stop, Narrator(), loop.export)
 
 
 def test_what_is_written_can_be_read(tmp_path: Path, clock: Clock) -> None:
-    predicted = rehearse(_loop(tmp_path / "a", clock), SPEC, SHARE, 5, 0.0, StopRequest(), Narrator())
+    loop = _loop(tmp_path / "a", clock)
+    predicted = rehearse(loop, SPEC, SHARE, 5, 0.0, StopRequest(), Narrator(), loop.export)
     row = json.loads(predicted.model_dump_json())
     assert row["low_s"] < row["train_s"] < row["high_s"]

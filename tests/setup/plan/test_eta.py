@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +179,19 @@ def test_the_book_remembers_and_survives_damage(tmp_path: Path, monkeypatch: pyt
     plan = _plan(device="cpu", dtype="float32", engine="native", recompute="none")
     rows = [f'{{"step": {i}, "tokens": 1000, "tok_per_s": {100 if i < 4 else 500}}}' for i in range(1, 21)]
     run.metrics.write_text("\n".join(rows))
+    spent = {"evaluation": [0, 0.0], "samples": [640, 8.0], "saves": [11, 22.0]}
+    run.stage_events("train").parent.mkdir()
+    run.stage_events("train").write_text(json.dumps({"kind": "end", "ok": True, "spent": spent}))
     speedbook.record_training(plan, _spec(), _report(), CPU, run, 100.0)
     speedbook.record_pace("merge", 12.0, plan, _spec(), _report(), CPU)
     book = speedbook.load_book()
     flop = training_flop(plan, _spec(), document=3000, supervised_share=0.4)
     assert book.speeds[0].flop_per_s == pytest.approx(500 * flop)  # the first three steps compiled, and do not count
-    assert [p.stage for p in book.paces] == ["pauses", "merge"]
-    assert book.paces[0].seconds == pytest.approx(100 - 20_000 / 500)
-    assert book.paces[1].seconds == 12.0
+    found = {p.stage: (p.work, p.seconds) for p in book.paces}
+    assert found["train: start"] == (_spec().parameters * 2.0, pytest.approx(100 - 20_000 / 500 - 8 - 22))
+    assert found["train: samples"] == (640, 8.0)
+    assert found["train: saves"][1] == 22.0
+    assert "train: evaluation" not in found  # nothing was held out
+    assert found["merge"][1] == 12.0
     (tmp_path / "sparktune" / "speeds" / "speeds.json").write_text("{broken")
     assert speedbook.load_book().speeds == []
