@@ -41,11 +41,16 @@ TOOLS = {"/usr/sbin/dockerd": "docker.io", "/usr/bin/docker": "docker.io (from D
          "/usr/bin/containerd": "containerd", "/usr/sbin/debootstrap": "debootstrap",
          "/usr/bin/docker-registry": "docker-registry", "/usr/bin/setpriv": "util-linux", "/usr/bin/ps": "procps",
          "/usr/sbin/mkfs.ext4": "e2fsprogs"}
+APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
+"""Where this says Y, an engine starts no container without `apparmor_parser`."""
 SIX = "six==1.17.0 --hash=sha256:4721f391ed90541fddacab5acf947aa0d3dc7d27b2e1e8eda2be8970586c3274\n"
 """The lock file of a build that takes seconds."""
 TOKEN = "hf_MarkerThatMustNeverShow0123456789"
 """Set as the user's hub token while every image here is built and every stage is run."""
 DISK_BYTES = 64 * 2**30
+NEEDED_BYTES = 16 * 2**30
+"""Of DISK_BYTES, what the whole tier comes to fill."""
+_PREFIX = "sparktune-engine-"
 
 
 class Engine:
@@ -124,7 +129,7 @@ class Engine:
                     process.wait()
         self._processes.clear()
         deadline = time.monotonic() + 5
-        while (left := self._helpers()) and time.monotonic() < deadline:
+        while (left := _programs(self.folder)) and time.monotonic() < deadline:
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -132,12 +137,6 @@ class Engine:
         # a new containerd waits for the old one's database lock and gives up after 15 s
         shutil.rmtree(self.folder / "exec", ignore_errors=True)
         (self.folder / "pid").unlink(missing_ok=True)
-
-    def _helpers(self) -> list[int]:
-        """Returns the process ids of its containerd and of that one's shims."""
-        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        split = [line.strip().partition(" ") for line in listed.splitlines()]
-        return [int(pid) for pid, _, said in split if f"{self.folder}/exec" in said and "containerd" in said]
 
     def remove(self) -> None:
         """Ends what still runs in it, and it, and takes its file system away."""
@@ -187,13 +186,42 @@ def _unmount(folder: Path) -> None:
         subprocess.run(["umount", "-l", path], check=False)
 
 
+def _programs(folder: Path) -> list[int]:
+    """Returns the process ids of the engine in `folder`: dockerd, containerd and that one's shims."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    split = [line.strip().partition(" ") for line in listed.splitlines()]
+    return [int(pid) for pid, _, said in split
+            if f"{folder}/exec" in said and re.match(r"\S*/(dockerd|containerd)", said)]
+
+
+def _clear_abandoned() -> None:
+    """Takes away engines whose tests were killed: their programs, mounts and gigabytes outlive the test process."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if not owner.isdecimal() or Path("/proc", owner).exists():
+            continue
+        for pid in _programs(folder):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        _unmount(folder)
+        shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def engine_parts() -> Iterator[Engine]:
     """The engine, without any image."""
     assert os.geteuid() == 0, "the tests of the image start a Docker engine, which needs root"
     missing = [package for tool, package in TOOLS.items() if not Path(tool).exists()]
+    if APPARMOR.is_file() and APPARMOR.read_text().strip() == "Y" and not Path("/usr/sbin/apparmor_parser").exists():
+        missing.append("apparmor")
     assert not missing, f"the tests of the image need Debian's tools: apt-get install {' '.join(missing)}"
-    folder = Path(tempfile.mkdtemp(prefix="sparktune-engine-"))
+    _clear_abandoned()
+    place = tempfile.gettempdir()
+    free = shutil.disk_usage(place).free
+    assert free > NEEDED_BYTES, (
+        f"the tests of the image need {NEEDED_BYTES / 2**30:.0f} GiB in {place}; {free / 2**30:.1f} GiB is free. "
+        "Free some, or let TMPDIR name another folder")
+    folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     folder.chmod(0o755)
     try:
         engine = Engine(folder)

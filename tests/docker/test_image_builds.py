@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sparktune.setup.machine import image_build
-from sparktune.setup.machine.image import HASH_LABEL, ensure_image
+from sparktune.setup.machine.image import HASH_LABEL, Flavour, ensure_image
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(2400), pytest.mark.xdist_group("docker-engine")]
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,9 +88,10 @@ def test_the_baseline_image_stands_on_the_same_packages(client: Any) -> None:
     assert environment["TORCHDYNAMO_DISABLE"] == "1"
 
 
-def test_the_newest_stack_agrees_with_itself(client: Any) -> None:
-    """baseline, 2026.10: `pip check` prints nothing."""
-    made = ensure_image(client, ROOT, "2026.10", "baseline", on_event=ignore)
+@pytest.mark.parametrize("flavour", ["opt", "baseline"])
+def test_the_newest_stack_agrees_with_itself(client: Any, flavour: Flavour) -> None:
+    """2026.10: `pip check` prints nothing."""
+    made = ensure_image(client, ROOT, "2026.10", flavour, on_event=ignore)
     assert "pip check: 0 lines, all known for this stack" in made.log.read_text(encoding="utf-8")
     assert pip_check(client, made.tag) == ["No broken requirements found."]
 

@@ -214,7 +214,6 @@ def test_any_command_runs_in_the_image_as_the_caller(person: Person, client: Any
     assert TOKEN not in said
 
 
-@pytest.mark.slow
 def test_the_demo_in_containers(person: Person, engine: Any) -> None:
     code, said = person.finish(person.start("--demo", "--backend", "docker", "--plain", "--json"), 2000)
     assert code == 0, said[-3000:]
