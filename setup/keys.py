@@ -49,7 +49,10 @@ class StopKeys:
     def poll(self) -> None:
         """Reads what was pressed since the last call, and sends the signals it means."""
         while self._before is not None and select.select([self._descriptor], [], [], 0)[0]:
-            pressed = os.read(self._descriptor, 64)
+            try:
+                pressed = os.read(self._descriptor, 64)
+            except OSError:  # the terminal was closed; SIGHUP says so in a moment
+                return
             if not pressed:
                 return
             for key in pressed.decode("utf-8", errors="ignore").lower():
@@ -73,5 +76,6 @@ class StopKeys:
         if self._before is not None:
             import termios
 
-            termios.tcsetattr(self._descriptor, termios.TCSADRAIN, self._before)
+            if os.isatty(self._descriptor):  # unless it was closed meanwhile
+                termios.tcsetattr(self._descriptor, termios.TCSADRAIN, self._before)
             self._before = None

@@ -31,6 +31,7 @@ from sparktune.setup.plan.config import load_plan, save_plan
 from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
 from sparktune.setup.plan.memory import check_fits
 from sparktune.setup.plan.models import probe
+from sparktune.setup.plan.outfolder import remove_unfinished
 from sparktune.setup.plan.recommend import apply, recommend
 from sparktune.setup.plan.rundir import RunDir, check_run_name
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan, Recommendation
@@ -305,6 +306,7 @@ def resume_pipeline(
         run = RunDir.from_root(root, plan.output)
         preflight(plan, display, machine_checks)
         with RunLock(run) as lock, stop_signals(display) as stop:
+            remove_unfinished(run.root, run.merged, run.mtp("trained"), run.mtp("default"), run.gguf)
             if changes:
                 plan = Plan.model_validate({**plan.model_dump(), **changes})
                 save_plan(plan, run.plan)

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparktune.setup.plan.errors import PreflightError, SparktuneError
+from sparktune.setup.plan.outfolder import remove_unfinished
+from sparktune.setup.plan.untrusted import excerpt, json_object_file, whole_number
 
 __all__ = [
     "CheckpointDamaged",
@@ -81,6 +84,12 @@ class LoopState:
     """Length of samples.jsonl after this step."""
     maths: dict[str, Any] = field(default_factory=dict)
     """Every setting that changes the numbers; a resume refuses another value."""
+
+
+_COUNTS = ("step", "position", "tokens", "evals_without_gain", "metrics_bytes", "samples_bytes")
+_OTHERS: dict[str, tuple[type, ...]] = {
+    "best_eval_loss": (float, int, NoneType), "best_step": (int, NoneType), "pending": (bool,), "maths": (dict,),
+}
 
 
 def storage_error(error: OSError, doing: str) -> SparktuneError:
@@ -243,10 +252,13 @@ def validate(checkpoint: Path) -> None:
     if not manifest_path.is_file():
         raise CheckpointDamaged(f"{checkpoint} is not a complete checkpoint: it has no manifest.json.")
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        manifest = json_object_file(manifest_path)
+        files = {
+            str(name): (whole_number(entry["bytes"], "a size"), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
         version = manifest["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointDamaged(f"{manifest_path} is damaged: it is not the manifest of a checkpoint.") from error
     if version != FORMAT:
         raise CheckpointDamaged(f"{checkpoint} has format {version}; this version reads format {FORMAT}.")
@@ -255,6 +267,8 @@ def validate(checkpoint: Path) -> None:
             raise CheckpointDamaged(f"{manifest_path} is damaged: it does not list {needed}.")
     for name, (size, digest) in files.items():
         path = checkpoint / name
+        if not _within(name):
+            raise CheckpointDamaged(f"{manifest_path} is damaged: {excerpt(name)} is no file of a checkpoint.")
         if not path.is_file():
             raise CheckpointDamaged(f"{checkpoint} is damaged: {name} is missing.")
         seen = path.stat().st_size
@@ -262,6 +276,12 @@ def validate(checkpoint: Path) -> None:
             raise CheckpointDamaged(f"{checkpoint} is damaged: {name} has {seen} bytes, {size} were written.")
         if _sha256(path) != digest:
             raise CheckpointDamaged(f"{checkpoint} is damaged: the content of {name} changed after it was written.")
+
+
+def _within(name: str) -> bool:
+    """Whether `name` is a path below a folder, spelled as `save_checkpoint` spells it."""
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") and part.isprintable() for part in parts)
 
 
 def newest_valid(run_root: Path, say: Callable[[str], None]) -> Path | None:
@@ -287,8 +307,23 @@ def newest_valid(run_root: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def load_loop_state(checkpoint: Path) -> LoopState:
-    """Reads the loop's state of a validated checkpoint."""
-    return LoopState(**json.loads((checkpoint / "loop.json").read_text(encoding="utf-8")))
+    """Reads the loop's state of a validated checkpoint.
+
+    Raises:
+        CheckpointDamaged: loop.json is not what `save_checkpoint` writes.
+    """
+    path = checkpoint / "loop.json"
+    try:
+        state = LoopState(**json.loads(path.read_text(encoding="utf-8")))
+        for name in _COUNTS:
+            whole_number(getattr(state, name), name)
+        for name, kinds in _OTHERS.items():
+            if type(getattr(state, name)) not in kinds:
+                raise ValueError(f"{name} is a {type(getattr(state, name)).__name__}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointDamaged(f"{path} is not the state of a training: {error}. Resume from another checkpoint."
+                                ) from error
+    return state
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):
@@ -381,7 +416,11 @@ def rotate(run_root: Path, keep: int, protected: set[int]) -> list[Path]:
 
 
 def remove_leftovers(run_root: Path) -> None:
-    """Deletes half-written checkpoints of a killed process."""
+    """Deletes half-written checkpoints and files of a killed process; the caller holds the run."""
+    remove_unfinished(run_root)
+    for result in ("adapter", "weights"):
+        for path in run_root.glob(f".{result}.*"):  # what the export builds, in names of its own
+            shutil.rmtree(path, ignore_errors=True)
     for path in run_root.glob(".checkpoint-*.partial"):
         if _PARTIAL.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)

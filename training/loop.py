@@ -360,7 +360,12 @@ class TrainingLoop:
             sync_tree(partial)
             if final.exists():
                 os.replace(final, old)
-            os.replace(partial, final)
+            try:
+                os.replace(partial, final)
+            except OSError:
+                if old.exists():
+                    os.replace(old, final)
+                raise
             sync_folder(self.run.root)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:

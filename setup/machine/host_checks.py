@@ -236,8 +236,9 @@ def check_shadowed(plan: Plan) -> Check:
 
 def check_leftovers(plan: Plan) -> Check:
     """Looks for what earlier runs left: half-written files, and runs that were never finished."""
+    patterns = ("*.partial", "*/*.partial", "*/*/*.partial", ".*.sparktune-*")
     partial = [p for root in (plan.results, plan.output) if root.is_dir()
-               for pattern in ("*.partial", "*/*.partial", "*/*/*.partial") for p in root.glob(pattern)]
+               for pattern in patterns for p in root.glob(pattern)]
     if partial:
         size = sum(p.stat().st_size for p in partial if p.is_file()) / 2**30
         return Check(

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sparktune.setup.plan.errors import PreflightError, SparktuneError, UsageError
 
-__all__ = ["build_folder", "check_free_space", "copy_file", "gib", "link_or_copy", "write_durably"]
+__all__ = [
+    "build_folder", "check_free_space", "copy_file", "gib", "link_or_copy", "remove_unfinished", "write_durably",
+]
 
 _MARK = ".sparktune-partial"
+_UNFINISHED = re.compile(r"\..+\.\d+\.partial")
 _COPY_STEP = 64 * 2**20
 # The kernel refuses copy_file_range between some file systems, or knows it not at all; reading and writing still works.
 _NO_RANGE_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF)
@@ -39,7 +43,7 @@ def check_free_space(folder: Path, needs_bytes: int, what: str) -> None:
 
 def _explain(error: OSError, folder: Path) -> SparktuneError:
     """Turns an operating system's refusal into a sentence."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return SparktuneError(
             f"The disk of {folder.parent} is full ({error.strerror}); {folder} was not made. Free some space, or point "
             "--output at another disk, and start again."
@@ -58,9 +62,11 @@ def _start(folder: Path, replace: Callable[[Path], bool] | None) -> Path:
             f"{folder} exists already and is left as it is. Remove it, or choose another name (--name) or folder "
             "(--output)."
         )
+    shutil.rmtree(_aside(folder, "ready"), ignore_errors=True)
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():
-        if not (partial / _MARK).is_file():
+        # a kill between the two lines below leaves an empty folder, which nobody misses
+        if not (partial / _MARK).is_file() and any(partial.iterdir()):
             raise UsageError(f"{partial} is in the way and was not made by this program. Move it elsewhere.")
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
@@ -76,23 +82,40 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _aside(folder: Path, why: str) -> Path:
+    """The name of a folder on its way: `ready` is whole and has lost its mark, `old` is what it replaces.
+
+    Both are ours by their names alone.
+    """
+    return folder.with_name(f".{folder.name}.sparktune-{why}")
+
+
 def _publish(partial: Path, folder: Path) -> None:
-    (partial / _MARK).unlink()
-    for file in sorted(partial.rglob("*")):
-        _sync(file)
-    _sync(partial)
-    if folder.exists():
-        # rename cannot replace a filled folder: the old one steps aside first and goes once the new one stands
-        old = folder.with_name(folder.name + ".old.partial")
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(folder, old)
-        (old / _MARK).touch()
-        os.rename(partial, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(partial, folder)
-    _sync(folder.parent)
+    ready, old = _aside(folder, "ready"), _aside(folder, "old")
+    # without its mark, FOLDER.partial would be a stranger's to the run that follows a kill
+    os.rename(partial, ready)
+    try:
+        (ready / _MARK).unlink()
+        for file in sorted(ready.rglob("*")):
+            _sync(file)
+        _sync(ready)
+        if folder.exists():
+            # rename cannot replace a filled folder: the old one steps aside first and goes once the new one stands
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)
+            try:
+                os.rename(ready, folder)
+            except OSError:
+                os.rename(old, folder)
+                raise
+            _sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(ready, folder)
+            _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(ready, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -209,3 +232,20 @@ def write_durably(
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def remove_unfinished(*folders: Path) -> None:
+    """Removes what a killed `write_durably` left below folders, and a killed `build_folder` beside them.
+
+    For whoever holds the lock under which these folders are written: another process's file would go too.
+    """
+    for folder in folders:
+        shutil.rmtree(_aside(folder, "ready"), ignore_errors=True)
+        old = _aside(folder, "old")
+        if folder.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.is_dir():
+            os.rename(old, folder)  # killed between two renames: what was there before is whole
+        for path in folder.rglob(".*.partial") if folder.is_dir() else ():
+            if _UNFINISHED.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)

@@ -363,9 +363,10 @@ def test_a_killed_merge_leaves_only_a_partial_that_the_next_one_clears(
     assert leftovers(tmp_path / "out") == []
     strange = tmp_path / "second.partial"
     strange.mkdir()
+    (strange / "mine.txt").touch()
     with pytest.raises(UsageError, match="was not made by this program"):
         merge(tiny_base, adapter, tmp_path / "second", events)
-    assert strange.is_dir()
+    assert (strange / "mine.txt").is_file()
 
 
 # -- as a stage and as a command
