@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["json_object", "json_object_file", "whole_number"]
+__all__ = ["excerpt", "is_figure", "json_object", "json_object_file", "json_rows", "printable", "whole_number"]
 
 _LARGEST = 2**63 - 1
+_EXCERPT = 120
+_FIGURES = (
+    "step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tok_per_s", "peak_gib", "seconds",
+)
+_LARGEST_FIGURE = 1e18
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -43,6 +49,52 @@ def json_object_file(path: Path) -> dict[str, Any]:
         ValueError: see `json_object`.
     """
     return json_object(path.read_bytes())
+
+
+def json_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the objects of a run's NDJSON file (metrics, samples, events) and how many of its lines are none.
+
+    A line may be cut (its writer was killed) or damaged, or hold something else where a figure should stand: it
+    counts, and the others are read.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    rows, damaged = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line.decode("utf-8", "replace")) if line.strip() else None
+        except (ValueError, RecursionError):
+            damaged += 1
+            continue
+        if isinstance(row, dict) and all(is_figure(row[key]) for key in _FIGURES if key in row):
+            rows.append(row)
+        elif row is not None:
+            damaged += 1
+    return rows, damaged
+
+
+def is_figure(value: Any) -> bool:
+    """Whether `value` is a number one can draw, a number that is none (NaN, infinity), or null."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return True
+    return type(value) in (int, float) and abs(value) < _LARGEST_FIGURE
+
+
+def printable(text: str) -> str:
+    """Returns `text` as a terminal may be given it: what is no character to print (escape codes, overrides of the
+    writing direction, halves of surrogate pairs) stands there by its number; line ends and tabs stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def excerpt(value: Any) -> str:
+    """Returns a value as a message quotes it: on one line, without control characters, short."""
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
+        return f"a value of type {type(value).__name__}, too large to show"
+    return shown if len(shown) <= _EXCERPT else shown[:_EXCERPT] + "..."
 
 
 def whole_number(value: Any, what: str) -> int:
