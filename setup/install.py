@@ -21,7 +21,7 @@ from sparktune.setup.machine.backends import LocalBackend, StopSignals, local_py
 from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.machine.diagnose import diagnose
 from sparktune.setup.machine.docker_backend import ROLE_LABEL, RUN_LABEL
-from sparktune.setup.machine.engine import connect
+from sparktune.setup.machine.engine import connect, create_container, start_container
 from sparktune.setup.machine.image import HASH_LABEL, Flavour, Image, base_digest, ensure_image, load_stack
 from sparktune.setup.machine.image_build import Cancelled
 from sparktune.setup.machine.image_checks import host_checks
@@ -48,17 +48,18 @@ def smoke_test(client: Any, tag: str, gpu: bool, should_stop: Callable[[], bool]
     """Runs docker/smoke_test.py in a container of the image, and returns its lines.
 
     Raises:
+        PreflightError: the engine would not start it, as one that cannot give a container GPUs. The image stays.
         Cancelled: `should_stop` said so. The image stays.
     """
     from docker.types import DeviceRequest
 
     devices = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if gpu else None
-    container = client.containers.create(
-        tag, network_mode="none", labels={ROLE_LABEL: "smoke"}, ipc_mode="host", device_requests=devices,
+    container = create_container(
+        client, image=tag, network_mode="none", labels={ROLE_LABEL: "smoke"}, ipc_mode="host", device_requests=devices,
         name=f"sparktune-smoke-{os.getpid()}-{time.monotonic_ns()}",
     )
     try:
-        container.start()
+        start_container(container)
         while container.status != "exited":
             if should_stop():
                 raise Cancelled(f"The smoke test was stopped. The image {tag} is built and not tested.")
@@ -138,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _install(options, client, messages)
     except SparktuneError as error:
         messages.print(escape(str(error)), style="bold red", highlight=False, soft_wrap=True)
+        if options.json:
+            print(json.dumps({"code": int(error.exit_code), "verdict": str(error), "image": None, "checks": []}))
         return int(error.exit_code)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)

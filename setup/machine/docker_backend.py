@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from sparktune.setup.machine.backends import MODULES, TRAINING, StopSignals, program_root
 from sparktune.setup.machine.detect import nvidia_gpus
-from sparktune.setup.machine.engine import connect, network_for_downloads
+from sparktune.setup.machine.engine import connect, create_container, network_for_downloads, start_container
 from sparktune.setup.machine.image import PACKAGE, ensure_image, load_stack
 from sparktune.setup.machine.image_build import Cancelled
 from sparktune.setup.plan.errors import ExitCode, PreflightError
@@ -84,7 +84,8 @@ def hub_token() -> Iterator[Path | None]:
     if not text:
         yield path.absolute() if path.is_file() else None
         return
-    with tempfile.TemporaryDirectory(prefix="sparktune-", dir=os.environ.get("XDG_RUNTIME_DIR")) as folder:
+    place = os.environ.get("XDG_RUNTIME_DIR", "")  # in memory; after `su` it is another user's
+    with tempfile.TemporaryDirectory(prefix="sparktune-", dir=place if os.access(place, os.W_OK) else None) as folder:
         file = Path(folder) / "hub"  # both made with no rights for others
         file.touch(mode=0o600)
         file.write_text(text, encoding="utf-8")
@@ -126,6 +127,20 @@ def mounts_of(run: RunDir, plan: Plan) -> dict[str, str]:
             if real.is_symlink():
                 found.setdefault(str(real.resolve().parent), "ro")
     return found
+
+
+def _make(folder: Path) -> None:
+    """Makes a folder that a container writes to: the engine would make it too, and root would own it.
+
+    Raises:
+        PreflightError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PreflightError(f"A container should write to {folder}, which cannot be made ({error.strerror}). "
+                             "XDG_CACHE_HOME and HF_HOME say where caches are, --results and --output where runs go."
+                             ) from error
 
 
 def _state_folder() -> Path:
@@ -188,7 +203,7 @@ def container_options(
                                  "or run without an image: --backend local.")
     for folder, mode in mounts.items():
         if mode == "rw":
-            Path(folder).mkdir(parents=True, exist_ok=True)  # the engine would make it, and root would own it
+            _make(Path(folder))
     volumes = {folder: {"bind": folder, "mode": mode} for folder, mode in mounts.items()}
     network = needs_network(stage, plan)
     environment = _environment(network)
@@ -289,9 +304,9 @@ class DockerBackend:
             log.write(f"\n==> {stage}: {time.strftime('%Y-%m-%d %H:%M:%S')}, container {options['name']}, "
                       f"image {image}\n".encode())
             log.flush()
-            container = self._create(options)
+            container = create_container(self._client, **options)
             try:
-                container.start()
+                start_container(container)
                 writer = threading.Thread(target=_copy_log, args=(container, log), daemon=True)
                 writer.start()
                 code = self._wait(container, on_poll, stop)
@@ -320,18 +335,19 @@ class DockerBackend:
         """
         with StopSignals() as stop:
             self.prepare(lambda event: None, stop)
-            folder.mkdir(parents=True, exist_ok=True)
-            _state_folder().mkdir(parents=True, exist_ok=True)
-            volumes = {str(f): {"bind": str(f), "mode": "rw"} for f in (folder, _state_folder())}
+            written = (folder, _state_folder())
+            for path in written:
+                _make(path)
+            volumes = {str(path): {"bind": str(path), "mode": "rw"} for path in written}
             if self._options.dev_mount:
                 volumes |= _over_the_images(self._root)
-            container = self._create({
-                "image": self._image, "command": ["python", "-P", "-m", module, argument], "volumes": volumes,
-                "environment": _environment(False), "name": f"sparktune-{module.rpartition('.')[2]}-{os.getpid()}",
-                "labels": {ROLE_LABEL: module}, "working_dir": str(folder), "network_mode": "none", **_as_the_caller(),
-            })
+            container = create_container(
+                self._client, image=self._image, command=["python", "-P", "-m", module, argument], volumes=volumes,
+                environment=_environment(False), name=f"sparktune-{module.rpartition('.')[2]}-{os.getpid()}",
+                labels={ROLE_LABEL: module}, working_dir=str(folder), network_mode="none", **_as_the_caller(),
+            )
             try:
-                container.start()
+                start_container(container)
                 code = self._wait(container, lambda: None, stop)
                 if stop.count:
                     raise Cancelled(f"{module} was stopped.")
@@ -339,17 +355,6 @@ class DockerBackend:
             finally:
                 with suppress(Exception):  # already gone, or the engine is: nothing is left to remove
                     container.remove(force=True)
-
-    def _create(self, options: dict[str, Any]) -> Any:
-        from docker.errors import APIError
-
-        try:
-            return self._client.containers.create(**options)
-        except APIError as error:
-            raise PreflightError(
-                f"The engine would not make a container: {error.explanation or error}. "
-                "For GPUs it needs NVIDIA's container toolkit (sudo apt-get install nvidia-container-toolkit)."
-            ) from error
 
     def _end_leftovers(self, run: RunDir) -> None:
         for container in self._client.containers.list(all=True, filters={"label": f"{RUN_LABEL}={run.root}"}):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 from sparktune.setup.plan.errors import PreflightError
 
-__all__ = ["ENGINE_TIMEOUT_S", "alive", "connect", "network_for_downloads"]
+__all__ = ["ENGINE_TIMEOUT_S", "alive", "connect", "create_container", "network_for_downloads", "start_container"]
 
 ENGINE_TIMEOUT_S = 60
 _DEFAULT = "unix:///var/run/docker.sock"
 _HERE = re.compile(r"unix://.|(tcp|https?)://(localhost|127\.[\d.]+|\[::1\])(:|/|$)")
+_NO_GPUS = re.compile(r"could not select device driver|nvidia-container-cli|unresolvable CDI|runtime.*nvidia", re.I)
 
 
 def connect() -> Any:
@@ -52,6 +54,44 @@ def connect() -> Any:
             "not: sudo apt-get install docker.io, or --backend local."
         )
     return client
+
+
+def create_container(client: Any, **options: Any) -> Any:
+    """Returns a new container that is not started.
+
+    Args:
+        client: the engine.
+        options: what `containers.create` of the SDK takes.
+
+    Raises:
+        PreflightError: the engine would not make it.
+    """
+    return _asked(lambda: client.containers.create(**options), "make")
+
+
+def start_container(container: Any) -> None:
+    """Starts a container. Only now does an engine look for the GPUs that it was asked for.
+
+    Raises:
+        PreflightError: the engine would not start it.
+    """
+    _asked(container.start, "start")
+
+
+def _asked(call: Callable[[], Any], word: str) -> Any:
+    from docker.errors import APIError
+
+    try:
+        return call()
+    except APIError as error:
+        why = str(error.explanation or error).strip()
+        if _NO_GPUS.search(why):
+            raise PreflightError(
+                f"The Docker engine has no way to give a container this machine's GPUs ({why}). Install NVIDIA's "
+                "container toolkit and tell the engine of it: sudo apt-get install nvidia-container-toolkit && "
+                "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker."
+            ) from error
+        raise PreflightError(f"The Docker engine would not {word} a container: {why}") from error
 
 
 def _silent(address: str, reason: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -128,6 +129,23 @@ def input_hash(
 # -- the base
 
 
+def _records() -> Path:
+    """Returns the folder of build logs, bills of materials and digests, which it makes.
+
+    Raises:
+        PreflightError: this user cannot write there.
+    """
+    folder = cache_dir("images")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise PreflightError(f"Logs and records of the image go to {folder}, where nothing can be written "
+                             f"({error.strerror}). Let XDG_CACHE_HOME name a folder of yours.") from error
+    return folder
+
+
 def _record_file() -> Path:
     return cache_dir("images") / "base-digests.json"
 
@@ -191,7 +209,7 @@ def prepare_base(
         on_event({"kind": "message", "level": "warning", "text": text})
         return image_id
     if pinned is None:
-        _record_file().parent.mkdir(parents=True, exist_ok=True)
+        _records()
         _record_file().write_text(json.dumps({**recorded, stack.base_image: digest}, indent=1), encoding="utf-8")
         on_event({"kind": "message", "level": "info", "text": f"Recorded {stack.base_image} as {digest}."})
     return digest
@@ -253,7 +271,7 @@ def ensure_image(
 
     stack, extra = load_stack(root, stack_name), dict(build_args or {})
     alias = f"{NAME}:{stack.name}-{flavour}"
-    log = cache_dir("images") / f"{stack.name}-{flavour}.log"
+    log = _records() / f"{stack.name}-{flavour}.log"
     have_base = base_digest(client, stack.base_image)[1] is not None
     if not have_base:
         check_build_host(client, base_is_here=False)  # before the first byte of twenty gigabytes

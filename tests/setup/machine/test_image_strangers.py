@@ -5,6 +5,7 @@ Each ends in one sentence and its exit code, and never in a traceback.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from docker.errors import APIError
 
 from sparktune.setup import install
 from sparktune.setup.machine import doctor
-from sparktune.setup.machine.docker_backend import DockerBackend, container_options
-from sparktune.setup.machine.engine import connect
+from sparktune.setup.machine.docker_backend import DockerBackend, container_options, hub_token
+from sparktune.setup.machine.engine import connect, start_container
+from sparktune.setup.machine.image import ensure_image
 from sparktune.setup.plan.config import resolve
 from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.models import probe
@@ -114,6 +117,44 @@ def test_a_folder_that_docker_cannot_mount(tmp_path: Path, monkeypatch: pytest.M
         container_options(engine, "prepare", run, plan, gpus=False, image="i")
 
 
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is in the way, which stops root too."""
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    nothing: Any = SimpleNamespace()
+    with pytest.raises(PreflightError, match=r"cache/sparktune/images, where nothing can be written \(Not a directory"):
+        ensure_image(nothing, ROOT, "2026.05", on_event=lambda event: None)
+    run = RunDir(name="r", results_root=tmp_path / "results", output_root=tmp_path / "output")
+    plan = Plan(model=str(tmp_path), output=tmp_path / "output")
+    with pytest.raises(PreflightError, match=r"should write to .*which cannot be made"):
+        container_options(nothing, "prepare", run, plan, gpus=False, image="i")
+
+
+@pytest.mark.parametrize(("said", "sentence"), [
+    ('could not select device driver "" with capabilities: [[gpu]]', "no way to give a container this machine's GPUs"),
+    ("unknown or invalid runtime name: nvidia", "nvidia-ctk runtime configure"),
+    ("error mounting /x: no such file", "would not start a container: error mounting /x"),
+])
+def test_a_container_that_does_not_start_is_one_sentence(said: str, sentence: str) -> None:
+    def refuse() -> None:
+        raise APIError("500 Server Error", explanation=said)
+
+    with pytest.raises(PreflightError, match=sentence) as refused:
+        start_container(SimpleNamespace(start=refuse))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_token_finds_a_place_where_the_runtime_folder_is_somebody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "gone"))
+    with hub_token() as token:
+        assert token is not None
+        assert token.read_text() == "hf_x"
+        assert token.stat().st_mode & 0o777 == 0o600
+
+
 @pytest.fixture
 def docker_on_path(tmp_path: Path) -> dict[str, str]:
     """A `docker` that has an image, or none, or no engine, as FAKE says."""
@@ -149,3 +190,8 @@ def test_the_command_itself_ends_with_its_code(tmp_path: Path) -> None:
                               capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-P", "-m", "sparktune.setup.install", "--json"], env=env,
+                          capture_output=True, text=True, check=False)
+    said = json.loads(done.stdout)
+    assert said["code"] == done.returncode == 3
+    assert "No Docker engine answers" in said["verdict"]
