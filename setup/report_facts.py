@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import math
 import platform
 from collections.abc import Callable
@@ -12,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparktune.setup.plan.errors import UsageError
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, Plan
-from sparktune.setup.runstate import stages_of
+from sparktune.setup.plan.untrusted import json_object_file, json_rows
+from sparktune.setup.runstate import RunState, stages_of
 
 __all__ = ["Artifact", "Facts", "SamplePair", "StageFact", "gather", "merge_gap", "summary_of", "versions"]
 
@@ -127,10 +128,11 @@ def versions() -> dict[str, str]:
 def merge_gap(run: RunDir) -> dict[str, Any] | None:
     """Returns what training measured of a quantised base against the merged model; None where none was quantised."""
     try:
-        found: dict[str, Any] = json.loads(run.merge_gap.read_text(encoding="utf-8"))
+        found = json_object_file(run.merge_gap)
     except (OSError, ValueError):
         return None
-    return found
+    figures = all(type(found.get(name)) in (int, float) for name in ("kl_mean", "kl_max"))
+    return found if figures and isinstance(found.get("base"), str) else None
 
 
 def summary_of(facts: Facts, replay: str) -> dict[str, Any]:
@@ -180,8 +182,8 @@ def _figures(facts: Facts) -> dict[str, Any]:
     evals = [r["eval_loss"] for r in facts.evals if _is_number(r.get("eval_loss"))]
     return {
         "steps": facts.steps[-1].get("step") if facts.steps else 0,
-        "tokens": sum(r.get("tokens", 0) for r in facts.steps),
-        "supervised_tokens": sum(r.get("supervised_tokens", 0) for r in facts.steps),
+        "tokens": _sum(facts.steps, "tokens"),
+        "supervised_tokens": _sum(facts.steps, "supervised_tokens"),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "first_eval_loss": evals[0] if evals else None,
@@ -191,6 +193,10 @@ def _figures(facts: Facts) -> dict[str, Any]:
         "peak_gib": max(peaks) if peaks else None,
         "seconds": round(sum(s.seconds or 0.0 for s in facts.stages), 3),
     }
+
+
+def _sum(rows: Rows, key: str) -> int:
+    return sum(r[key] for r in rows if _is_number(r.get(key)))
 
 
 def _is_number(value: Any) -> bool:
@@ -211,15 +217,7 @@ def _rows(path: Path, missing: list[str]) -> Rows:
     if not path.is_file():
         missing.append(f"{path.name}: not there")
         return []
-    rows, damaged = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            damaged += 1
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
+    rows, damaged = json_rows(path)
     if damaged:
         missing.append(f"{path.name}: {damaged} unreadable line{'s' if damaged > 1 else ''} left out")
     return rows
@@ -274,9 +272,8 @@ def _stages(facts: Facts) -> None:
     seconds: dict[str, float] = {}
     if run.state.is_file():
         try:
-            entries = json.loads(run.state.read_text(encoding="utf-8"))["stages"]
-            seconds = {name: float(entry["seconds"]) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            seconds = {name: float(entry["seconds"]) for name, entry in RunState(run).stages.items()}
+        except UsageError:
             facts.missing.append(f"{run.state.name}: unreadable")
     names = stages_of(plan) if plan else tuple(seconds)
     choices: dict[tuple[str, str], dict[str, Any]] = {}

@@ -13,6 +13,7 @@ from typing import Any
 from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
+from sparktune.setup.plan.untrusted import excerpt, is_figure, json_object_file
 
 __all__ = [
     "DATA_FIELDS", "EVALUATION_FIELDS", "STAGES", "RunLock", "RunState", "fingerprint", "outputs_of", "stage_input",
@@ -103,6 +104,18 @@ def stage_input(stage: str, plan: Plan, before: Iterable[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns stage -> entry of a state.json; raises ValueError for anything else."""
+    stages = json_object_file(path).get("stages")
+    if not isinstance(stages, dict):
+        raise ValueError("`stages` is no object")
+    for name, entry in stages.items():
+        seconds = entry.get("seconds") if isinstance(entry, dict) else None
+        if name not in STAGES or seconds is None or not is_figure(seconds):
+            raise ValueError(f"the entry {excerpt(name)} is none of a stage")
+    return stages
+
+
 class RunState:
     """state.json: stage -> input hash, output hash, seconds. Written by the pipeline only, atomically.
 
@@ -118,8 +131,8 @@ class RunState:
         self._stages: dict[str, dict[str, Any]] = {}
         if self._path.is_file():
             try:
-                self._stages = dict(json.loads(self._path.read_text(encoding="utf-8"))["stages"])
-            except (ValueError, KeyError, TypeError) as error:
+                self._stages = _entries(self._path)
+            except (OSError, ValueError) as error:
                 raise UsageError(
                     f"{self._path} is damaged ({error}). Remove it to run every stage again; finished training is kept "
                     "in the run folder."

@@ -92,7 +92,8 @@ def _alpaca(row: dict[str, Any]) -> list[Any]:
     if extra.strip():
         question = f"{question}\n\n{extra}" if question.strip() else extra
     turns: list[Any] = []
-    for pair in row.get("history") or []:
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [None]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowRefused("unknown_format", "`history` should hold [question, answer] pairs.")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

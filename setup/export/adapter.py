@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from sparktune.setup.export.rounding import FLOAT_BYTES, to_float32
 from sparktune.setup.plan.errors import SparktuneError, UsageError
+from sparktune.setup.plan.untrusted import excerpt, json_object_file
 from sparktune.setup.plan.weights import TensorEntry, safetensors_header
 
 __all__ = ["Adapter", "LowRank", "read_adapter"]
@@ -23,6 +23,11 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _START = ".base_layer.weight"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.default)?(\.weight)?")
+# Names of modules, and the patterns people write for them. What repeats a group is left out: matching such a pattern
+# may take longer than the universe has been there.
+_PATTERN = re.compile(r"(?:[\w.|()^$-]|\\\.|\.\*|(?:\\d|\[[\w-]+\])\+?){1,300}")
+_MOST_REPEATS = 4
+_LARGEST_SCALE = 1e9
 # Initialisations that also change the base's weights: W + scale * B A is then not the trained model.
 _REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REFUSED: dict[str, str] = {
@@ -82,26 +87,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json_object_file(path)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} should be the JSON file that PEFT writes beside an adapter; it is not ({error})."
         ) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        seen = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise UsageError(f"{path} should have peft_type LORA; it says {seen!r}. Only LoRA can be merged.")
+    if config.get("peft_type") != "LORA":
+        seen = excerpt(config.get("peft_type"))
+        raise UsageError(f"{path} should have peft_type LORA; it says {seen}. Only LoRA can be merged.")
     for key, why in _REFUSED.items():
         if config.get(key):
             raise UsageError(f"{path} sets {key}: {why}. Merge this adapter with PEFT itself.")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_REBASED):
         raise UsageError(
-            f"{path} says init_lora_weights {init!r}, which changed the base's weights before training, so "
+            f"{path} says init_lora_weights {excerpt(init)}, which changed the base's weights before training, so "
             "adding B A to the published base would be wrong. Convert it with PEFT (save_pretrained with "
             "path_initial_model_for_weight_conversion) first."
         )
-    if not isinstance(config.get("r"), int) or config["r"] < 1:
-        raise UsageError(f"{path} should give the rank `r` as a whole number above 0; it gives {config.get('r')!r}.")
+    if type(config.get("r")) is not int or config["r"] < 1:
+        seen = excerpt(config.get("r"))
+        raise UsageError(f"{path} should give the rank `r` as a whole number above 0; it gives {seen}.")
+    _checked_patterns(config, path)
     return config
 
 
@@ -113,15 +120,48 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
     return default
 
 
+def _checked_patterns(config: dict[str, Any], path: Path) -> None:
+    """Refuses rank_pattern and alpha_pattern that are not names of modules (or plain patterns of them) -> numbers."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field)
+        if patterns is None:
+            continue
+        if not isinstance(patterns, dict):
+            raise UsageError(f"{path}: {field} should map names of modules to numbers; it is {excerpt(patterns)}.")
+        for key, value in patterns.items():
+            if not _is_pattern(key):
+                raise UsageError(
+                    f"{path}: {field} holds {excerpt(key)}; names of modules are read, with `.*`, `\\d+`, `|` and "
+                    "plain brackets in them. Merge this adapter with PEFT itself."
+                )
+            _number(value, f"{field} of {excerpt(key)}", path)
+
+
+def _is_pattern(key: str) -> bool:
+    if not _PATTERN.fullmatch(key) or key.count("*") + key.count("+") > _MOST_REPEATS:
+        return False
+    try:
+        re.compile(key)
+    except re.error:
+        return False
+    return True
+
+
+def _number(value: Any, what: str, path: Path) -> float:
+    if type(value) not in (int, float) or not 0 < value < _LARGEST_SCALE:
+        raise UsageError(f"{path}: {what} should be a number above 0; it is {excerpt(value)}.")
+    return float(value)
+
+
 def _scale(config: dict[str, Any], module: str, rank: int, path: Path) -> float:
     said = _pattern(config.get("rank_pattern"), module, config["r"])
     if said != rank:
         raise UsageError(
-            f"{path}: adapter_config.json gives {module} the rank {said} (r and rank_pattern), its lora_A has {rank} "
-            "rows. Config and weights are of different adapters."
+            f"{path}: adapter_config.json gives {module} the rank {excerpt(said)} (r and rank_pattern), its lora_A has "
+            f"{rank} rows. Config and weights are of different adapters."
         )
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    alpha = _number(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)), "lora_alpha", path)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _base_name(name: str, base: Mapping[str, TensorEntry]) -> str | None:
@@ -223,7 +263,7 @@ def read_adapter(folder: Path, base: Mapping[str, TensorEntry], *, tied: bool) -
         shown = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
         raise UsageError(
             f"{path} adapts {len(unknown)} modules that the base does not have: {shown}. The adapter belongs to "
-            f"{config.get('base_model_name_or_path')!r} (adapter_config.json): merge it into that model."
+            f"{excerpt(config.get('base_model_name_or_path'))} (adapter_config.json): merge it into that model."
         )
     updates = []
     for module, parts in pairs.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -15,6 +14,7 @@ from sparktune.setup.machine.diagnose import Finding, diagnose
 from sparktune.setup.machine.host_checks import check_clocks, check_page_cache
 from sparktune.setup.plan.errors import UsageError
 from sparktune.setup.plan.schema import Plan
+from sparktune.setup.plan.untrusted import json_rows
 
 __all__ = ["diagnose_source", "machine_symptoms", "metrics_symptoms", "read_metrics"]
 
@@ -32,15 +32,7 @@ _MOST_BYTES = 64 * 2**20
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a metrics.jsonl; a line that is being written, or damaged, is passed over."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+    return json_rows(path)[0] if path.is_file() else []
 
 
 def _finding(name: str, line: str, cause: str, fix: str, source: str = "", warning: bool = True) -> Finding:
@@ -54,8 +46,9 @@ def metrics_symptoms(rows: Sequence[dict[str, Any]]) -> list[Finding]:
         rows: of metrics.jsonl.
     """
     found = []
-    losses = [(r["step"], r["loss"]) for r in rows if isinstance(r.get("loss"), int | float)]
-    evals = [(r["step"], r["eval_loss"]) for r in rows if isinstance(r.get("eval_loss"), int | float)]
+    numbered = [r for r in rows if isinstance(r.get("step"), int | float)]
+    losses = [(r["step"], r["loss"]) for r in numbered if isinstance(r.get("loss"), int | float)]
+    evals = [(r["step"], r["eval_loss"]) for r in numbered if isinstance(r.get("eval_loss"), int | float)]
     speeds = [r["tok_per_s"] for r in rows if isinstance(r.get("tok_per_s"), int | float)]
     if broken := next((s for s, value in losses if not math.isfinite(value)), None):
         found.append(_finding(

@@ -25,30 +25,47 @@ from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.rundir import check_run_name
 from sparktune.setup.plan.schema import SCHEMA_VERSION, Origin, Plan
 from sparktune.setup.plan.template import SECTIONS, read_template
+from sparktune.setup.plan.untrusted import excerpt
 
 __all__ = ["ENV_PREFIX", "load_plan", "read_config", "resolve", "save_plan"]
 
 ENV_PREFIX = "SPARKTUNE_"
+_SHOWN_KEYS = 10
+_SHOWN_CHARACTERS = 80
 _BOOKKEEPING = ("schema_version", "origins", "kernels")
 _PATHS = ("data", "eval_data", "resume_from_checkpoint", "results", "output")
 _LAYERS: tuple[Origin, ...] = ("flag", "environment", "config", "saved")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """safe_load that refuses a key given twice: PyYAML would keep the last one without a word."""
+class _PlainYAML(yaml.SafeLoader):
+    """safe_load that refuses a key given twice (PyYAML would keep the last one without a word), every tag, and an
+    alias of more than a scalar: a few lines of those describe a list of billions.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        node = super().compose_node(parent, index)
+        what = "an alias (*name) of a list or a mapping" if (
+            isinstance(event, yaml.AliasEvent) and not isinstance(node, yaml.ScalarNode)
+        ) else f"the tag {event.tag}" if getattr(event, "tag", None) not in (None, "!") else ""
+        if what:
+            raise yaml.constructor.ConstructorError(None, None, f"{what} is not read here", event.start_mark)
+        return node
 
 
-def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping(loader: _PlainYAML, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = key_node.value
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key is no word", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
 
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_PlainYAML.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 def _names() -> dict[str, str]:
@@ -74,7 +91,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror}). Give a readable YAML file.") from None
     try:
-        loader = _UniqueKeys(text)  # a SafeLoader: tags that build objects are refused
+        loader = _PlainYAML(text)
         try:
             loaded = loader.get_single_data()
         finally:
@@ -88,6 +105,12 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         ) from None
     except yaml.YAMLError as error:
         raise UsageError(f"--config {path}: not YAML ({error}). Save the file as plain-text YAML.") from None
+    except RecursionError:
+        raise UsageError(f"--config {path}: nested too deeply to be a plan. Keep `key: value` lines.") from None
+    except ValueError as error:  # what looks like a date or a number and is none: 2026-13-45, 0x_
+        raise UsageError(
+            f"--config {path}: a value looks like a number or a date and is none ({error}). Put it in quotes."
+        ) from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -95,13 +118,16 @@ def _read_mapping(path: Path) -> dict[str, Any]:
             f"--config {path}: expected `key: value` lines, found a {type(loaded).__name__}. "
             "A plan.yaml starts like `model: Qwen/Qwen3.5-2B`."
         )
-    return {str(key): value for key, value in loaded.items()}
+    for key in loaded:
+        if not isinstance(key, str):
+            raise UsageError(f"--config {path}: the key {excerpt(key)} should be a word, such as `model`.")
+    return loaded
 
 
 def _check_version(path: Path, version: Any) -> None:
     if version is not None and version != SCHEMA_VERSION:
         raise UsageError(
-            f"{path}: schema_version {version!r}, this program reads {SCHEMA_VERSION}. "
+            f"{path}: schema_version {excerpt(version)}, this program reads {SCHEMA_VERSION}. "
             "Use the version of sparktune that wrote it, or make the plan again."
         )
 
@@ -155,10 +181,13 @@ def read_config(path: Path, notes: list[str] | None = None) -> dict[str, Any]:
 def _unknown_keys(path: Path, unknown: list[str], names: Mapping[str, str]) -> str:
     valid = [*names, *SECTIONS, *(f"{s}.{k}" for s, keys in SECTIONS.items() for k in keys)]
     sentences = []
-    for key in unknown:
+    for key in unknown[:_SHOWN_KEYS]:
         pool = [v for v in valid if v.startswith(key.split(".")[0] + ".")] if "." in key else valid
         near = difflib.get_close_matches(key.replace("-", "_"), pool, n=1, cutoff=0.0) or [""]
-        sentences.append(f"unknown key `{key}`; the nearest valid one is `{near[0]}`")
+        shown = key if len(key) <= _SHOWN_CHARACTERS else key[:_SHOWN_CHARACTERS] + "..."
+        sentences.append(f"unknown key `{shown}`; the nearest valid one is `{near[0]}`")
+    if len(unknown) > _SHOWN_KEYS:
+        sentences.append(f"and {len(unknown) - _SHOWN_KEYS} more unknown keys")
     return f"--config {path}: " + "; ".join(sentences) + "."
 
 
@@ -227,22 +256,24 @@ def _validated(values: dict[str, Any], origins: Mapping[str, Origin]) -> Plan:
     """Builds the plan; every wrong value becomes one sentence of one UsageError."""
     wrong: dict[str, str] = {}
     plan = None
+
+    def told(field: str) -> str:
+        seen = excerpt(values[field])
+        return f"{_spelled(field, origins.get(field, 'default'))} takes {_allowed(field)}; got {seen}."
+
     try:
         plan = Plan(**values)
     except ValidationError as error:
         for item in error.errors(include_url=False):
             field = str(item["loc"][0])
-            wrong.setdefault(
-                field,
-                f"{_spelled(field, origins.get(field, 'default'))} takes {_allowed(field)}; got {values[field]!r}."
-            )
+            wrong.setdefault(field, told(field))
     for field, value in values.items():
         number = value
         if isinstance(value, str) and _inner(Plan.model_fields[field].annotation) is float:
             with contextlib.suppress(ValueError):
                 number = float(value)
         if isinstance(number, float) and not math.isfinite(number):
-            wrong[field] = f"{_spelled(field, origins.get(field, 'default'))} takes {_allowed(field)}; got {value!r}."
+            wrong[field] = told(field)
     if wrong or plan is None:
         raise UsageError("\n".join(wrong[f] for f in Plan.model_fields if f in wrong))
     if plan.name is not None:

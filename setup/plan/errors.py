@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from sparktune.setup.plan.untrusted import printable
+
 __all__ = [
     "DataError",
     "ExitCode",
@@ -32,6 +34,10 @@ class SparktuneError(Exception):
     """A failure the user can act on: what was expected, what was seen, what to do. Never shown as a traceback."""
 
     exit_code: ExitCode = ExitCode.FAILURE
+
+    def __str__(self) -> str:
+        """Returns the text without escape codes: it may quote a name or a value that came from elsewhere."""
+        return printable(super().__str__())
 
 
 class UsageError(SparktuneError):
