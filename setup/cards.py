@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sparktune.setup.outlook import Outlook  # stands on the pipeline, which shows these cards
 
 __all__ = [
-    "checks_table", "findings_table", "first_and_last_loss", "next_steps", "outlook_table", "plan_table",
+    "checks_table", "findings_table", "first_and_last_loss", "flaws", "next_steps", "outlook_table", "plan_table",
     "report_tables", "result_table", "size_of",
 ]
 
@@ -86,7 +86,7 @@ def report_tables(report: DatasetReport, bars: bool = True) -> RenderableType:
                   f"{report.with_thinking:,} with thinking"),
         ("repeats", f"{report.duplicates:,} exact duplicates, {report.near_duplicates:,} near ones; of the held-out "
                     f"rows {report.eval_leaks:,} are also in training, {report.near_leaks:,} nearly"),
-        ("personal data", _personal(report)),
+        ("personal data", _personal(report) or strings.NOTHING),
         ("packing", fills or strings.NOTHING),
     ]
     for name, text in rows:
@@ -104,14 +104,25 @@ def report_tables(report: DatasetReport, bars: bool = True) -> RenderableType:
     return Group(*parts)
 
 
+def flaws(report: DatasetReport) -> dict[str, str]:
+    """Returns what the data has that a cleaned copy would not have, by the field that makes one; empty: nothing."""
+    repeats = (report.duplicates, report.near_duplicates, report.eval_leaks + report.near_leaks)
+    personal = _personal(report)
+    return {
+        "dedupe": strings.FOUND_REPEATS.format(exact=repeats[0], near=repeats[1], held_out=repeats[2])
+        if any(repeats) else "",
+        "redact_pii": strings.FOUND_PERSONAL.format(kinds=personal) if personal else "",
+    }
+
+
 def _personal(report: DatasetReport) -> str:
-    """Returns how many rows hold personal data, by kind."""
+    """Returns how many rows hold personal data, by kind; empty where none does."""
     rows: dict[str, int] = {}
     for code, found in (*report.findings.items(), *report.eval_findings.items()):
         if code.startswith("pii_"):
             kind = code.removeprefix("pii_")
             rows[kind] = rows.get(kind, 0) + found.rows
-    return ", ".join(f"{kind} in {count:,} rows" for kind, count in rows.items()) or strings.NOTHING
+    return ", ".join(f"{kind} in {count:,} rows" for kind, count in rows.items())
 
 
 def _cleaned(cleaned: Cleaned) -> str:

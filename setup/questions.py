@@ -28,7 +28,7 @@ _CUSTOM = "\0custom"
 
 def check_data(typed: str) -> str | None:
     """Returns what is wrong with a data file at first sight, or None. Every row is read later, by the analysis."""
-    path = Path(typed).expanduser()
+    path = Path(os.path.expanduser(typed))
     if not typed or not path.exists():
         return strings.DATA_MISSING.format(path=typed)
     if not path.is_file():
@@ -90,7 +90,10 @@ class Questions:
     def ask(self, name: str, back: bool) -> Any:
         """Asks for one field. Returns its value as the config would take it, or BACK."""
         special = {"model": self._ask_model, "data": self._ask_data, "gguf": self._ask_gguf, "name": self._ask_name}
-        chosen = {"mode": (strings.ASK_MODE, strings.MODES), "mtp": (strings.ASK_MTP, strings.MTPS)}
+        chosen = {
+            "mode": (strings.ASK_MODE, strings.MODES), "mtp": (strings.ASK_MTP, strings.MTPS),
+            "dedupe": (strings.ASK_DEDUPE, strings.DEDUPES), "redact_pii": (strings.ASK_REDACT, strings.REDACTS),
+        }
         if name in special:
             return special[name](back)
         if name in chosen:
@@ -108,7 +111,7 @@ class Questions:
             self.asker.tell(reason)
         recommended = next((str(r.value) for r in self.recommendations if r.field == name), None)
         options: list[Option] = [(v, t + (f" {strings.MARKED}" if v == recommended else "")) for v, t in words.items()]
-        return self.asker.choose(question, options, str(getattr(self.plan, name)), back)
+        return self.asker.choose(question, options, str(getattr(self.plan, name)).lower(), back)
 
     def _ask_model(self, back: bool) -> str:
         sizes, about = model_options(self.machine)
@@ -128,7 +131,7 @@ class Questions:
     def _ask_data(self, back: bool) -> str:
         default = os.fspath(self.plan.data) if self.plan.data else ""
         typed = self.asker.text(strings.ASK_DATA, default, check_data, back=back, paths="files")
-        return typed if typed == BACK else os.path.abspath(Path(typed).expanduser())
+        return typed if typed == BACK else os.path.abspath(Path(os.path.expanduser(typed)))
 
     def _ask_gguf(self, back: bool) -> Any:
         options: list[Option] = [(v, f"{v}: {t}") for v, t in strings.GGUFS.items()]

@@ -168,6 +168,18 @@ PREVIEW = "Line {line} ({format}) as the model sees it, {tokens:,} tokens:"
 PREVIEW_LEARNED = "{learned:,} learned ({share:.0%})"
 PREVIEW_MARKS = "(between {begin} and {end})"
 LEARNED_MARKS = ("»", "«")
+FOUND_REPEATS = (
+    "Repeats: {exact:,} rows are an earlier one again, {near:,} are nearly one; {held_out:,} held-out rows are in "
+    "training too."
+)
+FOUND_PERSONAL = "Personal data: {kinds}. The report names lines, never what stands there."
+ASK_DEDUPE = "Leave repeats out? (A cleaned copy is used; the file stays as it is.)"
+DEDUPES = {
+    "off": "no: train on every row", "exact": "exact ones: all but the first",
+    "near": "exact and near ones: all but the first",
+}
+ASK_REDACT = "Replace personal data? (In a cleaned copy; the file stays as it is.)"
+REDACTS = {"false": "no: train on the rows as they are", "true": "yes: by [EMAIL], [PHONE], [CARD], [KEY]"}
 ASK_PREVIEW = "Is this what shall be learned?"
 ANOTHER_ROW = "Show another row"
 NO_MORE_ROWS = "There is no further row."

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from sparktune.setup import strings
 from sparktune.setup.ask import BACK, Asker, Option
-from sparktune.setup.cards import outlook_table, plan_table, report_tables, show_value
+from sparktune.setup.cards import flaws, outlook_table, plan_table, report_tables, show_value
 from sparktune.setup.machine.check import Check, failures
 from sparktune.setup.outlook import Outlook
 from sparktune.setup.pipeline import Analysis, StageFailed, decide
@@ -172,6 +172,8 @@ class Wizard:
             return "again"
         assert self.analysis is not None
         self.asker.show(report_tables(self.analysis.report, bars=False))
+        if not self._clean():
+            return "again" if self._is_open("data") else "back"
         rows = self.previews(self.asked(), self.analysis.spec)
         more = self._preview(rows)
         while True:
@@ -183,6 +185,23 @@ class Wizard:
             if picked == "next":
                 return "next"
             more = self._preview(rows)
+
+    def _clean(self) -> bool:
+        """Offers to leave out repeats and to replace personal data, where there are some. Returns False for back."""
+        assert self.analysis is not None
+        before, kept = self.analysis, dict(self._given)
+        for name, found in flaws(before.report).items():
+            if (found or name in self._given) and self._is_open(name):
+                self.asker.tell(found)
+                if not self.ask(name, back=True):
+                    self._given = kept
+                    return False
+        if not self._read_data():
+            self._given = kept  # the sentence that says why has been shown
+            self._read_data()
+        if self.analysis is not before:
+            self.asker.show(report_tables(self.analysis.report, bars=False))
+        return True
 
     def _preview(self, rows: Iterator[Preview]) -> bool:
         """Shows the next row. Returns False when there is none."""

@@ -36,7 +36,13 @@ MACHINE = Machine(device="cpu", memory_gib=8, cpu_cores=2, disk_free_gib=9)
 WELL = [Check(name="python", status="ok", seen="3.11")]
 
 
-def report(path: str) -> DatasetReport:
+FLAWED: dict[str, Any] = {
+    "duplicates": 3, "near_duplicates": 1,
+    "findings": {"pii_email": {"rows": 2, "count": 2, "lines": [4, 9]}},
+}
+
+
+def report(path: str, **more: Any) -> DatasetReport:
     lengths = {
         "count": 49, "total": 1778, "mean": 36.0, "p50": 37, "p90": 37, "p99": 38, "max": 38,
         "histogram_edges": [0, 64], "histogram_counts": [49],
@@ -45,7 +51,7 @@ def report(path: str) -> DatasetReport:
         "path": path, "sha256": "0", "bytes": 1, "rows": 50, "kept": 50, "train_examples": 49, "eval_examples": 1,
         "formats": {"messages": 50}, "dropped": {}, "problems": [], "lengths": lengths, "supervised_tokens": 569,
         "supervised_share": 0.3, "multi_turn": 0, "with_system": 0, "with_thinking": 0, "duplicates": 0,
-        "eval_leaks": 0, "packing": {128: 0.87, 256: 0.99}, "cache_key": "k",
+        "eval_leaks": 0, "packing": {128: 0.87, 256: 0.99}, "cache_key": "k", **more,
     })
 
 
@@ -73,6 +79,7 @@ class Analyst:
         self.folder, self.model = folder, model
         self.plans: list[Plan] = []
         self.fail: list[Exception] = []
+        self.flaws: dict[str, Any] = {}
 
     def __call__(self, plan: Plan) -> Analysis:
         self.plans.append(plan)
@@ -82,8 +89,8 @@ class Analyst:
         root.mkdir()
         run = RunDir.from_root(root, self.folder)
         return Analysis(
-            run=run, spec=probe(self.model), report=report(str(plan.data)), machine=MACHINE, lock=RunLock(run),
-            input_hash="", seconds=0.0,
+            run=run, spec=probe(self.model), report=report(str(plan.data), **self.flaws), machine=MACHINE,
+            lock=RunLock(run), input_hash="", seconds=0.0,
         )
 
 
@@ -285,6 +292,53 @@ def test_data_that_the_analysis_refuses_is_asked_again(
     assert len(analyst.plans) == 3
 
 
+def test_repeats_and_personal_data_can_be_cleaned_away(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, analyst: Analyst
+) -> None:
+    asker = TerminalAsker(keys, DummyOutput(), Console(file=(seen := io.StringIO()), width=200))
+    analyst.flaws = FLAWED
+    wizard = make({"model": model}, asker=asker)
+    keys.send_text(ENTER + data + ENTER + ENTER + LEFT)             # dedupe: off; back from redact to the data
+    keys.send_text(ENTER + DOWN + ENTER + DOWN + ENTER + PREVIEW)   # exact, yes
+    keys.send_text(LENGTHS + TAKE + RUN)
+    plan = wizard.run()
+    assert (plan.dedupe, plan.redact_pii, plan.origins["dedupe"]) == ("exact", True, "flag")
+    assert [(p.dedupe, p.redact_pii) for p in analyst.plans] == [("off", False), ("exact", True)], "read once for both"
+    assert "3 rows are an earlier one again" in seen.getvalue()
+    assert "email in 2 rows" in seen.getvalue()
+
+
+def test_data_with_flaws_is_left_alone_by_enter_and_by_flags(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, analyst: Analyst
+) -> None:
+    analyst.flaws = FLAWED
+    wizard = make({"model": model})
+    keys.send_text(ENTER + data + ENTER + ENTER * 2 + PREVIEW + LENGTHS + TAKE + RUN)
+    plan = wizard.run()
+    assert (plan.dedupe, plan.redact_pii, plan.origins["dedupe"]) == ("off", False, "default")
+    wizard = make({"model": model, "data": data, "dedupe": "near", "redact_pii": False})
+    keys.send_text(ENTER + PREVIEW + LENGTHS + TAKE + RUN)  # nothing is asked
+    assert wizard.run().dedupe == "near"
+    assert len(analyst.plans) == 2
+
+
+def test_a_cleaning_that_leaves_nothing_is_taken_back(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, analyst: Analyst, monkeypatch: Any
+) -> None:
+    analyst.flaws = {"duplicates": 49}
+    wizard = make({"model": model})
+    real = Analyst.__call__
+
+    def refuse(self: Analyst, plan: Plan) -> Analysis:
+        self.fail = [DataError("no row is left")] if plan.dedupe == "exact" else []
+        return real(self, plan)
+
+    monkeypatch.setattr(Analyst, "__call__", refuse)
+    keys.send_text(ENTER + data + ENTER + DOWN + ENTER + PREVIEW + LENGTHS + TAKE + RUN)
+    assert wizard.run().dedupe == "off"
+    assert wizard.analysis is not None
+
+
 def test_refused_data_from_a_flag_ends_the_wizard(
     make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, analyst: Analyst
 ) -> None:
@@ -306,6 +360,7 @@ def test_a_machine_that_must_be_repaired_goes_no_further(
 
 BEFORE = {
     "machine": "", "model": ENTER, "custom model": ENTER + DOWN * 4 + ENTER, "data": "{model}", "preview": "{data}",
+    "dedupe": "{data}", "redact": "{data}" + ENTER,
     "lengths": "{data}" + PREVIEW, "plan": "{data}" + PREVIEW + LENGTHS,
     "mode": "{data}" + PREVIEW + LENGTHS + ONE_BY_ONE, "epochs": "{data}" + PREVIEW + LENGTHS + ONE_BY_ONE + ENTER,
     "split": "{data}" + PREVIEW + LENGTHS + ONE_BY_ONE + ENTER * 2,
@@ -321,8 +376,10 @@ BEFORE = {
 @pytest.mark.parametrize("leave", [CTRL_C, "closed"])
 @pytest.mark.parametrize("prompt", BEFORE)
 def test_leaving_at_every_prompt_keeps_the_answers(
-    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, tmp_path: Path, prompt: str, leave: str
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, tmp_path: Path, prompt: str, leave: str,
+    analyst: Analyst,
 ) -> None:
+    analyst.flaws = FLAWED if prompt in ("dedupe", "redact") else {}
     wizard = make()
     to_data = ENTER + DOWN * 4 + ENTER + model + ENTER
     keys.send_text(BEFORE[prompt].format(model=to_data, data=to_data + data + ENTER))
