@@ -22,10 +22,10 @@ from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.machine.diagnose import diagnose
 from sparktune.setup.machine.docker_backend import ROLE_LABEL, RUN_LABEL
 from sparktune.setup.machine.engine import connect, create_container, start_container
-from sparktune.setup.machine.image import HASH_LABEL, Flavour, Image, base_digest, ensure_image, load_stack
+from sparktune.setup.machine.image import HASH_LABEL, Flavour, Image, base_digest, ensure_image, load_stack, stacks
 from sparktune.setup.machine.image_build import Cancelled
 from sparktune.setup.machine.image_checks import host_checks
-from sparktune.setup.plan.errors import ExitCode, SparktuneError, UsageError
+from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
 from sparktune.setup.plan.rundir import cache_dir
 
 __all__ = ["main", "smoke_test", "uninstall"]
@@ -76,12 +76,19 @@ def smoke_test(client: Any, tag: str, gpu: bool, should_stop: Callable[[], bool]
 
 
 def uninstall(client: Any) -> list[str]:
-    """Removes every image and container that carries our labels, and their records; returns what was removed."""
+    """Removes every image and container that carries our labels, and their records; returns what was removed.
+
+    Raises:
+        PreflightError: one of these containers is running; then nothing was removed.
+    """
     removed = []
-    for label in (RUN_LABEL, ROLE_LABEL):
-        for container in client.containers.list(all=True, filters={"label": label}):
-            container.remove(force=True)
-            removed.append(f"container {container.name}")
+    ours = [c for label in (RUN_LABEL, ROLE_LABEL) for c in client.containers.list(all=True, filters={"label": label})]
+    if running := sorted(c.name for c in ours if c.status == "running"):
+        raise PreflightError(f"Nothing was removed: {', '.join(running)} is running, which may be a training run. "
+                             f"Let it end, or stop it (docker stop {' '.join(running)}), and start again.")
+    for container in ours:
+        container.remove(force=True)
+        removed.append(f"container {container.name}")
     for image in client.images.list(filters={"label": HASH_LABEL}):
         for tag in image.tags:
             client.images.remove(tag)
@@ -91,6 +98,16 @@ def uninstall(client: Any) -> list[str]:
         path.unlink()
         removed.append(str(path))
     return removed
+
+
+def _left(client: Any) -> list[str]:
+    """Returns what is large, is not ours to remove, and how its owner would remove it."""
+    root = program_root()
+    bases = sorted({load_stack(root, name).base_image for name in stacks(root)})
+    return [
+        *(f"{base}: other images may stand on it; docker rmi {base}" for base in bases if base_digest(client, base)[1]),
+        "the engine's cache of build steps, which it shares with all builds: docker builder prune",
+    ]
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -135,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.uninstall:
             for what in uninstall(client):
                 messages.print(escape(f"removed {what}"), highlight=False, soft_wrap=True)
+            for what in _left(client):
+                messages.print(escape(f"left {what}"), highlight=False, soft_wrap=True)
             return ExitCode.OK
         return _install(options, client, messages)
     except SparktuneError as error:

@@ -105,7 +105,7 @@ def test_the_fast_image_builds_without_buildkit(client: Any, monkeypatch: pytest
     assert len(pip_check(client, made.tag)) == {"2026.05": 2, "2026.10": 1}[stack]
 
 
-@pytest.mark.parametrize("builder", ["buildkit", "sdk"])
+@pytest.mark.parametrize("builder", ["client", "sdk"])
 def test_a_rebuild_reuses_layers_and_a_clean_one_none(
     client: Any, engine: Any, checkout: Any, monkeypatch: pytest.MonkeyPatch, builder: str
 ) -> None:
@@ -115,7 +115,9 @@ def test_a_rebuild_reuses_layers_and_a_clean_one_none(
     (checkout.root / "train.py").write_text(f"# {builder}\n", encoding="utf-8")  # an image that nobody has
     events: list[dict[str, Any]] = []
     made = ensure_image(client, checkout.root, "2026.10", "baseline", on_event=events.append)
-    assert {e["chosen"] for e in events if e["kind"] == "choice"} == {builder}
+    chosen = {e["chosen"] for e in events if e["kind"] == "choice"}
+    assert chosen <= ({"sdk"} if builder == "sdk" else {"buildx", "buildkit"})  # the latter without the plugin
+    assert len(chosen) == 1
     assert events[-1]["total"] > 15
 
     again = ensure_image(client, checkout.root, "2026.10", "baseline", on_event=ignore, rebuild="yes")

@@ -45,7 +45,7 @@ def says(word: str, then: Any) -> Any:
     return take
 
 
-@pytest.fixture(params=["buildkit", "sdk"])
+@pytest.fixture(params=["client", "sdk"])
 def builder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the two builders that this machine has."""
     if request.param == "sdk":
@@ -59,8 +59,8 @@ WRONG_HASH = SIX.replace("4721f391", "00000000")
 @pytest.mark.parametrize(
     ("builder", "lock", "finding"),
     [
-        ("buildkit", WRONG_HASH, "wrong-hash"), ("sdk", WRONG_HASH, "wrong-hash"),
-        ("buildkit", "torch==2.13.0 --hash=sha256:" + "0" * 64 + "\n", "torch-in-lock"),
+        ("client", WRONG_HASH, "wrong-hash"), ("sdk", WRONG_HASH, "wrong-hash"),
+        ("client", "torch==2.13.0 --hash=sha256:" + "0" * 64 + "\n", "torch-in-lock"),
         ("sdk", "no-such-package-of-ours==1.0 --hash=sha256:" + "0" * 64 + "\n", "no-locked-version"),
     ],
     indirect=["builder"],

@@ -14,7 +14,7 @@ import pytest
 
 from sparktune.setup import install
 from sparktune.setup.machine.docker_backend import RUN_LABEL
-from sparktune.setup.machine.image import HASH_LABEL
+from sparktune.setup.machine.image import HASH_LABEL, load_stack
 from sparktune.setup.plan.rundir import cache_dir
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(2400), pytest.mark.xdist_group("docker-engine")]
@@ -93,7 +93,22 @@ def test_too_little_disk_is_a_missing_prerequisite(
     assert "GiB is free" in said
 
 
-def test_uninstall_removes_ours_and_nothing_else(client: Any, engine: Any, sized: Any) -> None:
+def test_an_engine_that_cannot_give_gpus_is_a_missing_prerequisite(
+    client: Any, engine: Any, sized: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This engine has no toolkit of NVIDIA's; that the machine has a GPU is made up."""
+    sized("pass", "fine")
+    monkeypatch.setattr(install, "nvidia_gpus", lambda: ["a GPU"])
+    assert install.main(["--baseline", "--plain"]) == 3
+    said = capsys.readouterr().err
+    assert "no way to give a container this machine's GPUs (could not select device driver" in said
+    assert "sudo nvidia-ctk runtime configure" in said
+    assert engine.idle()
+
+
+def test_uninstall_removes_ours_and_nothing_else(
+    client: Any, engine: Any, sized: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     sized("pass", "fine")
     assert install.main(["--baseline", "--plain"]) == 0
     # the image may be an earlier test's, built with another cache: its files are laid here as a build leaves them
@@ -101,8 +116,17 @@ def test_uninstall_removes_ours_and_nothing_else(client: Any, engine: Any, sized
     (cache_dir("images") / "2026.05-baseline.freeze.txt").touch()
     client.containers.create("sparktune-stub-base:test", "true", labels={RUN_LABEL: "/x"}, network_mode="none")
     theirs = client.containers.create("sparktune-stub-base:test", "true", network_mode="none")
+    training = client.containers.run("sparktune-stub-base:test", "sleep 600", labels={RUN_LABEL: "/y"}, detach=True,
+                                     network_mode="none", name="somebody-trains")
+    assert install.main(["--uninstall", "--plain"]) == 3
+    assert "somebody-trains is running" in capsys.readouterr().err
+    assert client.images.list(filters={"label": HASH_LABEL})
+    training.kill()
     engine.docker("tag", "sparktune-stub-base:test", "sparktune:not-ours")
     assert install.main(["--uninstall", "--plain"]) == 0
+    base = load_stack(ROOT, "2026.05").base_image
+    assert f"left {base}: other images may stand on it; docker rmi {base}\n" in capsys.readouterr().err
+    assert client.images.get(base)
     assert client.images.list(filters={"label": HASH_LABEL}) == []
     assert [c.id for c in client.containers.list(all=True)] == [theirs.id]
     assert "sparktune:not-ours" in client.images.get("sparktune-stub-base:test").tags
