@@ -37,6 +37,10 @@ CHATS = tuple(map(_line, (
     "system": "s"},
     {"prompt": "What is the weather?", "completion": "Fine."},
     {"instruction": "Translate this sentence", "input": "guten Tag", "output": "good day", "history": [["a", "b"]]},
+    {"messages": [
+        {"role": "user", "content": "Call it deeply, please."},
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a":' * 90 + "1" + "}" * 90}]},
+    ]},
 )))
 ROWS = (
     *CHATS, b'{"text": "plain"}', b" \n" + b'{"body": "x", "text": "y"}\r\n\r\n',

@@ -45,8 +45,8 @@ class Target:
     """Imports what it needs, prepares a scratch folder, and returns the check of one input."""
     seeds: Sequence[bytes]
     mutation: mutate.Mutation
-    share: float = 1.0
-    """Of the executions asked for in all: how many fall to this target."""
+    share: float
+    """Of the executions asked for in all: how many fall to this target (thousands of two millions); by its speed."""
 
 
 def refused(work: Callable[[], Any]) -> Any:
@@ -86,10 +86,11 @@ def _rows(scratch: Path) -> Check:
         path.write_bytes(data)
         field = "body" if data[:1] == b" " else "text"
         lines = refused(lambda: list(raw_lines(path))) or []
+        again = crc32(data) % 4 == 0
         for raw in lines:
             judge(raw.line, raw.data, field)
-            promise(raw_line_at(path, raw.offset) == raw.data, "a line is read again where it was")
-        if lines:
+            promise(not again or raw_line_at(path, raw.offset) == raw.data, "a line is read again where it was")
+        if lines and again:
             facts = file_facts(path)
             promise(facts.bytes == len(data) and facts.lines == data.count(b"\n"), "a file's size is its size")
 
@@ -365,14 +366,13 @@ def _adapter(scratch: Path) -> Check:
 
 
 def _run(scratch: Path) -> Check:
-    from sparktune.setup.plan.config import save_plan
-    from sparktune.setup.plan.schema import Plan
+    from sparktune.setup.plan.schema import SCHEMA_VERSION
     from sparktune.setup.report import write_report
     from sparktune.setup.runs import compare, describe
 
     run = scratch / "results" / "one"
     (run / "stages").mkdir(parents=True, exist_ok=True)
-    save_plan(Plan(name="one", results=scratch / "results", output=scratch / "output"), run / "plan.yaml")
+    (run / "plan.yaml").write_text(f"schema_version: {SCHEMA_VERSION}\nname: one\noutput: {scratch / 'output'}\n")
     names = ("state.json", "metrics.jsonl", "samples.jsonl", "stages/train.ndjson", "evaluation.json",
              "data/report.json", "quantised_base.json", "mtp/acceptance.json")
 
@@ -383,7 +383,8 @@ def _run(scratch: Path) -> Check:
         path.write_bytes(data[1:])
         refused(lambda: describe(run))
         refused(lambda: compare([run, run]))
-        refused(lambda: write_report(run))
+        if crc32(data) % 4 == 0:
+            refused(lambda: write_report(run))
         path.unlink()
 
     return check
@@ -420,23 +421,23 @@ _ADAPTER = b'{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"up
 
 TARGETS: dict[str, Target] = {target.name: target for target in (
     Target(name="rows", about="the JSONL reader", make=_rows, seeds=seeds.ROWS,
-           mutation=mutate.json_lines(seeds.ROW_WORDS), share=2.5),
+           mutation=mutate.json_lines(seeds.ROW_WORDS), share=200),
     Target(name="chat", about="chats through six templates", make=_chat, seeds=seeds.CHATS,
-           mutation=mutate.json_tree(seeds.ROW_WORDS)),
+           mutation=mutate.json_tree(seeds.ROW_WORDS), share=40),
     Target(name="plan", about="plan.yaml and configs", make=_plan, seeds=seeds.PLANS,
-           mutation=mutate.yaml_lines(_plan_words())),
+           mutation=mutate.yaml_lines(_plan_words()), share=40),
     Target(name="manifest", about="a checkpoint's manifest and loop.json", make=_manifest, seeds=seeds.MANIFESTS,
-           mutation=_maybe_marked("manifest", b"M")),
+           mutation=_maybe_marked("manifest", b"M"), share=40),
     Target(name="safetensors", about="safetensors headers", make=_safetensors, seeds=seeds.HEADERS,
-           mutation=mutate.safetensors_header(seeds.SAFETENSORS_WORDS), share=2.0),
+           mutation=mutate.safetensors_header(seeds.SAFETENSORS_WORDS), share=900),
     Target(name="index", about="the shards' index", make=_index, seeds=(_INDEX,),
-           mutation=mutate.json_tree(_INDEX_WORDS), share=0.5),
+           mutation=mutate.json_tree(_INDEX_WORDS), share=120),
     Target(name="gguf", about="GGUF headers", make=_gguf, seeds=(seeds.gguf_seed(),), mutation=mutate.gguf_fields,
-           share=2.0),
+           share=500),
     Target(name="model", about="config.json", make=_model, seeds=seeds.CONFIGS,
-           mutation=_maybe_marked("model", b"A")),
+           mutation=_maybe_marked("model", b"A"), share=200),
     Target(name="adapter", about="adapter_config.json", make=_adapter, seeds=(_ADAPTER,),
-           mutation=mutate.json_tree(seeds.ADAPTER_WORDS), share=0.5),
+           mutation=mutate.json_tree(seeds.ADAPTER_WORDS), share=50),
     Target(name="run", about="what a run left, and its report", make=_run, seeds=seeds.RUNS,
-           mutation=_marked(mutate.json_lines(seeds.RUN_WORDS)), share=0.1),
+           mutation=_marked(mutate.json_lines(seeds.RUN_WORDS)), share=4),
 )}

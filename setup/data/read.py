@@ -25,6 +25,8 @@ __all__ = [
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is refused: it bounds the reader's memory, and no example of that size can be trained on."""
 
+_DEEPEST = 100
+"""Levels of a row's JSON; templates write tools and arguments with a function that calls itself a level."""
 _BOM = b"\xef\xbb\xbf"
 _OTHER_FILES = {
     b"\xff\xfe": "a UTF-16 text file: save it as UTF-8",
@@ -225,7 +227,10 @@ def parse_row(line: int, data: bytes, text_field: str = "text") -> Row | RowProb
         value = _object(data)
         kind, messages, text, tools = normalise(value, text_field)
         row = Row(line=line, format=kind, messages=messages, text=text, tools=tools)
-        if b"\\u" in data:
+        escapes = b"\\u" in data  # they may spell brackets, inside JSON that is text
+        if escapes or data.count(b"[") + data.count(b"{") > _DEEPEST:
+            _check_depth(row)
+        if escapes:
             _check_surrogates(row)
     except RowRefused as refusal:
         return RowProblem(line=line, code=refusal.code, text=refusal.text)
@@ -259,6 +264,19 @@ def _object(data: bytes) -> dict[str, Any]:
         kind = names.get(type(value), "a number")
         raise RowRefused("not_json", f"expected a JSON object, found {kind}; one line holds one example: {{...}}.")
     return value
+
+
+def _check_depth(row: Row) -> None:
+    """Refuses a row nested deeper than a template can be expected to write it."""
+    level: list[Any] = [row.messages, row.tools]
+    for _ in range(_DEEPEST):
+        level = [
+            inner for value in level if isinstance(value, list | dict)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise RowRefused("not_json", "the JSON is nested too deeply to be an example.")
 
 
 def _check_surrogates(row: Row) -> None:
