@@ -248,16 +248,19 @@ class TextTower(nn.Module):
         h = F.embedding(batch.ids, self.embed_tokens)
         whole = self.whole_blocks if torch.is_grad_enabled() else 0
         # Without a global generator's state to keep: dropout masks are a function of row.dropout.
-        for first in range(0, whole, self.group_size):
-            last = min(first + self.group_size, whole)
+        summed = whole if whole == len(self.layers) else max(whole - 1, 0)
+        for first in range(0, summed, self.group_size):
+            last = min(first + self.group_size, summed)
             if self.group_size == 1:
                 h = self._group_of_blocks(first, last, h, row)
             else:
                 h = checkpoint(
                     self._group_of_blocks, first, last, h, row, use_reentrant=False, preserve_rng_state=False,
                 )
+        delta = None
+        if 0 < whole < len(self.layers):  # as between any two blocks that keep what they computed
+            delta, h = checkpoint(self.layers[whole - 1], None, h, row, use_reentrant=False, preserve_rng_state=False)
         with self.saving():
-            delta = None
             for block in self.layers[whole:]:
                 delta, h = block(delta, h, row)
             return self.final_norm(delta, h)
