@@ -18,7 +18,7 @@ from sparktune.mtp.tensors import Place, mtp_shapes
 from sparktune.mtp.train_mtp import HeadRun, head_of, load_tower, train_head
 from sparktune.setup.data.cache import TokenDataset
 from sparktune.setup.data.tokenizer import ChatTokenizer
-from sparktune.setup.plan.errors import UsageError
+from sparktune.setup.plan.errors import StoppedResumable, UsageError
 from sparktune.setup.plan.events import EventWriter
 from sparktune.setup.plan.outfolder import write_durably
 from sparktune.setup.plan.schema import ModelSpec
@@ -111,6 +111,13 @@ def split_for_heads(
     )
 
 
+def _go_on(stop: StopRequest | None) -> None:
+    """Ends the measuring where a stop was asked for; what was trained is on the disk by then."""
+    if stop is not None and stop.requested:
+        raise StoppedResumable("Stopped as you asked while the MTP heads were measured; the head is trained, start "
+                               "again to go on from its last checkpoint.")
+
+
 def _line(name: str, figures: dict[str, Any], cost: float) -> str:
     places = ", ".join(f"{100 * p:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
                        for p, (low, high) in zip(figures["positions"], figures["positions_ci95"], strict=True))
@@ -135,7 +142,8 @@ def train_and_choose(
         stop: see `train_head`.
 
     Raises:
-        See `train_head`. UsageError: no row has a prompt to measure on.
+        See `train_head`, which a stop may also end while drafts are measured. UsageError: no row has a prompt to
+        measure on.
     """
     learn, prompts, what = split_for_heads(train, held_out, _PROMPTS[device.type])
     if not prompts:
@@ -145,11 +153,16 @@ def train_and_choose(
     train_head(run, learn, tower, events, stop)
     trained = head_of(run.out)
     heads = {"default": load_head(tower, run.head, run.source), "trained": load_head(tower, trained, str(run.out))}
-    said = answers_of(tower, prompts, _TOKENS[device.type], stop_ids(tokenizer, train),
-                      lambda done: events.progress("drafts measured", done, len(prompts), "prompts"))
+
+    def answered(done: int) -> None:
+        events.progress("drafts measured", done, len(prompts), "prompts")
+        _go_on(stop)
+
+    said = answers_of(tower, prompts, _TOKENS[device.type], stop_ids(tokenizer, train), answered)
     walks: dict[str, list[Any]] = {name: [] for name in heads}
     differing = 0
     for answer in said:
+        _go_on(stop)
         flags, wrong = match_flags(tower, heads, answer, drafts)
         differing += wrong
         for name, found in flags.items():

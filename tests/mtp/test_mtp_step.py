@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +73,16 @@ def choices(run: RunDir) -> list[tuple[str, str]]:
     return [(e["chosen"], e["reason"]) for e in lines if e["kind"] == "choice" and e["what"] == "mtp"]
 
 
+# The stage as a process of its own, few words there too: how many rows are kept to measure on decides what is learned.
+FEW_WORDS = """
+import sys
+from sparktune.mtp import choose
+from sparktune.setup.export.train_mtp_step import main
+choose._PROMPTS["cpu"], choose._TOKENS["cpu"] = 3, 6
+sys.exit(main())
+"""
+
+
 @pytest.fixture(autouse=True)
 def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(choose._PROMPTS, "cpu", 3)
@@ -112,6 +127,55 @@ def test_both_heads_are_measured_and_the_better_one_is_shipped(
     stamp = served.stat().st_mtime_ns
     assert main(["--run", str(run.root)]) == 0
     assert served.stat().st_mtime_ns == stamp, "finished work is kept"
+
+
+def test_a_terminated_stage_leaves_a_checkpoint_and_ends_in_the_same_bits(base: Path, tmp_path: Path) -> None:
+    """SIGTERM while the head learns: exit code 75, the merged model intact; the next start ends in the same bits."""
+    whole, cut = (make_run(tmp_path / n, base, mtp="trained", mtp_learning_rate=1e-3) for n in ("whole", "cut"))
+    before, threads = digest(cut.merged), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    try:
+        assert main(["--run", str(whole.root)]) == 0
+        process = subprocess.Popen(
+            [sys.executable, "-c", FEW_WORDS, "--run", str(cut.root)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        log, deadline = cut.mtp_work / "metrics.jsonl", time.monotonic() + 200
+        while not (log.exists() and '"step": 3,' in log.read_text()):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        process.terminate()
+        assert "Stopped as you asked after step" in process.communicate()[1]
+        assert process.returncode == 75
+        assert digest(cut.merged) == before
+        assert [p.name for p in cut.output_root.iterdir()] == ["r"]
+        assert list(cut.mtp_work.glob("checkpoint-*"))
+        assert main(["--run", str(cut.root)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+    assert "goes on from checkpoint-" in cut.stage_events("mtp").read_text()
+    heads = [(run.mtp_work / "head.safetensors").read_bytes() for run in (whole, cut)]
+    assert heads[0] == heads[1]
+
+
+def test_a_stop_while_drafts_are_measured_is_heard(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = choose.match_flags
+
+    def interrupted(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    monkeypatch.setattr(choose, "match_flags", interrupted)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        said = refused(make_run(tmp_path, base, mtp="trained"), 75, capsys)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    assert "while the MTP heads were measured" in said
 
 
 def refused(run: RunDir, code: int, capsys: pytest.CaptureFixture[str]) -> str:
