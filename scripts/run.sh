@@ -35,7 +35,11 @@ if ! said=$(docker image inspect "$image" 2>&1 >/dev/null); then
 fi
 
 data=$(cd -- "$data" && pwd -P)
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/sparktune
+[ -n "${HOME:-}" ] || { echo "run.sh: HOME should name your home folder; it is not set" >&2; exit 2; }
+case ${XDG_CACHE_HOME:-} in
+  /*) cache=$XDG_CACHE_HOME/sparktune ;;
+  *) cache=$HOME/.cache/sparktune ;;  # as its specification says of a relative path
+esac
 hub=${HF_HOME:-$HOME/.cache/huggingface}
 for path in "$data" "$cache" "$hub"; do
   case $path in

@@ -25,8 +25,9 @@ def check_run_name(name: str) -> str:
 
 def cache_dir(kind: str) -> Path:
     """Returns `$XDG_CACHE_HOME/sparktune/KIND` (tokens, llama.cpp, stubs); does not create it."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "sparktune" / kind
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    # its specification has a relative path ignored; one would make a cache in every folder that a start is made from
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "sparktune" / kind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from sparktune.setup.machine.image import ensure_image
 from sparktune.setup.plan.config import resolve
 from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.models import probe
-from sparktune.setup.plan.rundir import RunDir
+from sparktune.setup.plan.rundir import RunDir, cache_dir
 from sparktune.setup.plan.schema import Plan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -166,6 +166,24 @@ def docker_on_path(tmp_path: Path) -> dict[str, str]:
     )
     (folder / "docker").chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+
+
+def test_run_sh_and_the_program_ignore_a_relative_cache_and_run_sh_wants_a_home(
+    docker_on_path: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = str(ROOT / "scripts" / "run.sh")
+    env = {**docker_on_path, "FAKE": "", "XDG_CACHE_HOME": "relative"}
+    printed = subprocess.run(
+        [script, "--print", "ls"], capture_output=True, text=True, check=False, env=env, cwd=tmp_path
+    )
+    assert f"{tmp_path}/.cache/sparktune:/cache/sparktune" in printed.stdout
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir("x") == tmp_path / ".cache" / "sparktune" / "x"
+    homeless = {name: value for name, value in env.items() if name != "HOME"}
+    done = subprocess.run([script, "ls"], capture_output=True, text=True, check=False, env=homeless, cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "HOME should name your home folder" in done.stderr
 
 
 @pytest.mark.parametrize(("fake", "folder", "code", "says"), [
