@@ -88,7 +88,6 @@ SWEEP = (
     Trial(size="0.8B", mode="lora", tokens=5376, recompute="norms", graphs=True),
     Trial(size="2B", mode="lora", tokens=5376, recompute="norms", graphs=True),
     Trial(size="2B", mode="lora", tokens=5376, recompute="layer", graphs=True),
-    Trial(size="2B", mode="lora", tokens=5376, recompute="norms", storage="nf4", graphs=True),
     Trial(size="2B", mode="full", tokens=5376, recompute="norms", graphs=True),
     Trial(size="9B", mode="lora", tokens=5376, recompute="norms"),
 )

@@ -13,8 +13,8 @@ with, per parameter, e bytes of the compute type (bfloat16 2, float32 4, float64
     activations    on a GPU in bfloat16: setup/plan/activations.py, tensor by tensor as the fused kernels keep them
     and working    elsewhere (the CPU's references): `_layer_floats`, coarse, never calibrated
     workspaces     cuBLAS's: one for the forward's thread, one for the backward's
-    graphs         passes replay as CUDA graphs (no dropout): the head's memory and the tower's no longer share, and
-                   gradients stay allocated
+    graphs         passes replay as CUDA graphs (no dropout, no quantised base): the head's memory and the tower's no
+                   longer share, and gradients stay allocated
     runtime        what the allocator does not count: context, kernels, the allocator's fragments
 
 `allocator_gib` is what torch.cuda.max_memory_allocated reports at the end of a step; lab/memory_sweep.py compares.
@@ -183,7 +183,9 @@ def predict_peak(
     weights, trained, gradients = _static_bytes(plan, spec, machine, e)
     workspace = graphs = 0.0
     if machine.device == "cuda" and e == 2:
-        replays = plan.engine != "unsloth" and (plan.mode == "full" or plan.lora_dropout == 0)
+        replays = plan.engine != "unsloth" and (
+            plan.mode == "full" or (plan.lora_dropout == 0 and base_storage(plan) == "none")
+        )
         # Gradients that graphs add to stay where they are.
         several = replays or plan.gradient_accumulation != 1
         step = _step(plan, machine, tokens, tokens if supervised is None else supervised, several=several)

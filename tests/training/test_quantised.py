@@ -17,6 +17,7 @@ from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.schema import Plan
 from sparktune.training import quantised
 from sparktune.training.batch import MicroBatch
+from sparktune.training.graphs import why_not_graphs
 from sparktune.training.merge_gap import measure_merge_gap
 from sparktune.training.native_engine import NativeEngine
 from sparktune.training.quantised import Nf4Rows, frozen_parameters, import_bitsandbytes, stored_bytes
@@ -169,6 +170,13 @@ def test_without_bitsandbytes_it_says_what_does_without(monkeypatch: pytest.Monk
     with pytest.raises(quantised.PreflightError, match="--quantise-base int8") as caught:
         import_bitsandbytes("A base in nf4", "--quantise-base int8")
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("storage", ["int8", "none"])
+def test_graphs_go_without_a_quantised_base(tiny_model: Path, storage: str) -> None:
+    model = engine(tiny_model, storage).model
+    model.device = torch.device("cuda")
+    assert ("quantised base" in why_not_graphs(model, {}, 0.0)) == (storage == "int8")
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8", "none"])

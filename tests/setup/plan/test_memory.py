@@ -171,6 +171,8 @@ def test_graphs_cost_a_pool_of_their_own_and_dropout_goes_without(mode: str, pol
     if mode == "lora":
         plan = plan.model_copy(update={"lora_dropout": 0.1})
         assert predict_peak(plan, spec, H200, tokens=5376, longest=5376).graphs_gib == 0.0
+        plan = plan.model_copy(update={"lora_dropout": 0.0, "mode": "qlora"})
+        assert predict_peak(plan, spec, H200, tokens=5376, longest=5376).graphs_gib == 0.0
 
 
 def test_the_allocator_rounds() -> None:
