@@ -111,6 +111,19 @@ def _machine() -> dict[str, str]:
             "torch": importlib.metadata.version("torch"), "transformers": importlib.metadata.version("transformers")}
 
 
+def _append(path: Path | None, row: dict[str, Any]) -> None:
+    """Appends a row as soon as there is one: a bench that is cut short keeps what it measured."""
+    if path is None:
+        return
+    new = not path.is_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the steps, prints each row, appends them. Returns 0 when every step ended well."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -119,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    rows, facts = [], _machine()
+    facts = _machine()
     with tempfile.TemporaryDirectory(prefix="sparktune-export-") as scratch:
         work = args.work or Path(scratch)
         base, adapter, merged, log = work / "base", work / "adapter", work / "merged", work / "log.txt"
@@ -133,19 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             row = {"shape": args.shape, **_timed(name, command, log), **facts}
             size = sum(f.stat().st_size for f in (work / f"{name.split()[-1]}-gguf").glob("*.gguf"))
             row["gb_written"] = round((size or sum(f.stat().st_size for f in merged.glob("*.safetensors"))) / 1e9, 3)
-            rows.append(row)
             print(json.dumps(row), flush=True)
+            _append(args.out, row)
             if row["exit_code"]:
                 print("\n".join(log.read_text("utf-8", "replace").splitlines()[-15:]), file=sys.stderr)
                 return 1
-    if args.out is not None:
-        new = not args.out.is_file()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
     return 0
 
 

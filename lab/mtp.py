@@ -2,21 +2,22 @@
 
 usage: python -m sparktune.lab.mtp [--size 2B] [--pack 8192] [--out docs/results/mtp.csv]
 
-Decoding comes first. Before training is timed, the fused step's loss and gradient are compared with the references in
-float32 on the same weights and tokens, and the base's replayed pass with its plain one; on red no step is timed and the
-exit code is 1. Weights and tokens are random: throughput is what they measure. To have drafts that are accepted at all,
-the head is trained for a moment on what this model says itself; acceptance there says nothing about a real model, wall
-times of a pass do.
+Decoding comes first, and with `--only decode` no file is written. Before training is timed, the fused step's loss and
+gradient are compared with the references in float32 on the same weights and tokens, and the base's replayed pass with
+its plain one; on red no step is timed and the exit code is 1. Weights and tokens are random: wall times are what they
+measure. A random head's drafts are never right, so speculative decoding is timed at both ends of what acceptance can
+do, the head's own cost included: every draft right, and none.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +26,13 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from sparktune.kernels.select import reference_ops
+from sparktune.kernels.select import reference_ops, select_ops
 from sparktune.lab.measure import machine_row
-from sparktune.lab.shapes import SIZES, make_model
+from sparktune.lab.shapes import SIZES, make_model, text_config
 from sparktune.mtp.acceptance import Answer
 from sparktune.mtp.head import MtpHead
 from sparktune.mtp.losses import LossKind
-from sparktune.mtp.speculative import Decoded, HeadDrafter, speculate
+from sparktune.mtp.speculative import Decoded, Drafter, HeadDrafter, speculate
 from sparktune.mtp.train_mtp import load_tower
 from sparktune.mtp.trainer import HeadTrainer, Recipe
 from sparktune.setup.data.cache import TokenDataset
@@ -144,14 +145,17 @@ def check_graph(tower: TextTower, pack: int) -> str:
 def clocked() -> Iterator[dict[str, float]]:
     """Gives seconds and the peak of the block it surrounds."""
     found: dict[str, float] = {}
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     yield found
-    torch.cuda.synchronize()
+    if on_gpu:
+        torch.cuda.synchronize()
     found["seconds"] = time.perf_counter() - start
-    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else 0.0
 
 
 def train_speed(
@@ -183,14 +187,31 @@ def train_speed(
     }
 
 
+def random_tower(size: str, device: torch.device, dtype: torch.dtype) -> TextTower:
+    """Returns a tower of random weights, drawn where it lies: no file, no transformers."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "mtp_num_hidden_layers": 1,
+                  **text_config(size)}
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        spec = probe(folder)
+    tower = build_model(spec, select_ops(device, dtype, spec), dtype, device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, p in tower.named_parameters():
+            drawn = torch.empty_like(p).normal_(0, 0.02, generator=generator)
+            p.copy_(drawn + 1 if "linear_attn.norm" in name else drawn)
+    return tower.eval().requires_grad_(False)
+
+
 def own_words(tower: TextTower, count: int, length: int) -> tuple[list[Answer], dict[str, Any]]:
     """Returns greedy continuations of random prompts, and the row of plain decoding."""
     rng = np.random.default_rng(3)
-    prompts = [tuple(rng.integers(3, tower.spec.vocab_size - 1000, 64).tolist()) for _ in range(count)]
-    tower.generate(prompts[0], 4, ())
+    prompts = [tuple(rng.integers(3, tower.spec.vocab_size // 2, 32).tolist()) for _ in range(count)]
+    tower.generate(prompts[0], 2, ())
     with clocked() as whole:
         said = [Answer(prompt=p, answer=tuple(tower.generate(p, length, ()))) for p in prompts]
-    return said, {"what": "decode", "note": "plain", "drafts": 0, **_decoded(whole, count * length, count * length)}
+    return said, {"what": "decode", "note": "plain", "drafts": 0, "acceptance_length": 1.0,
+                  **_decoded(whole, count * length, count * length)}
 
 
 def _decoded(whole: dict[str, float], tokens: int, passes: int) -> dict[str, float]:
@@ -198,52 +219,39 @@ def _decoded(whole: dict[str, float], tokens: int, passes: int) -> dict[str, flo
             "peak_gib": round(whole["peak_gib"], 2), "reserved_gib": round(whole["reserved_gib"], 2)}
 
 
-def warm_head(tower: TextTower, said: list[Answer], steps: int) -> MtpHead:
-    """Returns a head that has seen some of what the model says."""
-    ids = [np.array([*a.prompt, *a.answer], dtype=np.uint32) for a in said]
-    flags = [np.array([0] * len(a.prompt) + [1] * len(a.answer), dtype=np.uint8) for a in said]
-    offsets = np.concatenate(([0], np.cumsum([len(i) for i in ids]))).astype(np.int64)
-    data = TokenDataset(np.concatenate(ids), np.concatenate(flags), offsets,
-                        np.arange(1, len(ids) + 1, dtype=np.int64), "own")
-    packs = PackPlan(data, pack=True, pack_length=int(offsets[-1]), seed=1)
-    trainer = HeadTrainer(tower, random_head(tower), Recipe())
-    for step in range(steps):
-        trainer.step([packs.micro_batch(0, 0)], 5e-4 * (1 - step / steps))
-    return trainer.head
+def drafter(tower: TextTower, head: MtpHead, answer: Answer, drafts: int, *, right: bool) -> Drafter:
+    """Returns the head's drafter with its work done and its words replaced: the answer's own, or none of them."""
+    real = HeadDrafter(tower, head, drafts, len(answer.prompt) + len(answer.answer))
+    read = 0
+
+    def draft(tokens: Sequence[int], hidden: torch.Tensor) -> list[int]:
+        nonlocal read
+        real(tokens, hidden)
+        read += len(tokens) if read else 1
+        following = answer.answer[read : read + drafts]
+        return [t if right else (t + 1) % tower.spec.vocab_size for t in following]
+
+    return draft
 
 
-def decode_rows(tower: TextTower, head: MtpHead, said: list[Answer], drafts: int) -> list[dict[str, Any]]:
-    """Returns rows of speculative decoding and of its ceiling: drafts that are always right."""
-    def told(answer: Answer) -> Callable[[Any, torch.Tensor], list[int]]:
-        read = [0]
-
-        def draft(tokens: Any, hidden: torch.Tensor) -> list[int]:
-            read[0] += len(tokens) if read[0] else 1
-            return list(answer.answer[read[0] : read[0] + drafts])
-
-        return draft
-
+def decode_rows(tower: TextTower, head: MtpHead, said: list[Answer], drafts: int) -> Iterator[dict[str, Any]]:
+    """Gives the rows of speculative decoding: every draft right, and none."""
     length = len(said[0].answer)
-    methods: dict[str, Callable[[Answer], Decoded]] = {
-        "speculative, this head": lambda a: speculate(
-            tower, HeadDrafter(tower, head, drafts, len(a.prompt) + length), a.prompt, length, (), drafts),
-        "speculative, drafts always right (ceiling without draft cost)": lambda a: speculate(
-            tower, told(a), a.prompt, length, (), drafts),
-    }
-    rows = []
-    for name, method in methods.items():
-        method(said[0])
+    for name, right in (("every draft right", True), ("no draft right", False)):
+        def method(a: Answer, most: int = length, right: bool = right) -> Decoded:
+            return speculate(tower, drafter(tower, head, a, drafts, right=right), a.prompt, most, (), drafts)
+
+        method(said[0], 4)
         with clocked() as whole:
             done = [method(a) for a in said]
         same = sum(tuple(d.tokens) == a.answer for d, a in zip(done, said, strict=True))
         rounds, kept = sum(len(d.rounds) for d in done), sum(sum(d.rounds) for d in done)
-        rows.append({
-            "what": "decode", "note": f"{name}; {same} of {len(said)} texts token for token those of plain decoding"
-                                      " (bf16: passes of other shapes round differently)",
+        yield {
+            "what": "decode", "note": f"speculative, {name}; {same} of {len(said)} texts token for token those of "
+                                      "plain decoding (bf16: passes of other shapes round differently)",
             "drafts": drafts, "acceptance_length": round(1 + kept / rounds, 3),
             **_decoded(whole, sum(len(d.tokens) for d in done), sum(d.passes for d in done)),
-        })
-    return rows
+        }
 
 
 _COLUMNS = ("gpu", "torch", "triton", "transformers", "commit", "date", "size", "what", "pack", "supervised_share",
@@ -277,14 +285,18 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("This bench needs a CUDA GPU; torch sees none.", file=sys.stderr)
         return 3
-    folder = make_model(args.model or Path(tempfile.gettempdir()) / f"sparktune-{args.size}", args.size)
-    tower = load_tower(folder, torch.device("cuda", 0))
+    device = torch.device("cuda", 0)
     if args.only != "train":
-        said, row = own_words(tower, 4, 96)
+        tower = random_tower(args.size, device, torch.bfloat16)
+        said, row = own_words(tower, 2, 64)
         append(args.out, args.size, row)
-        for row in decode_rows(tower, warm_head(tower, said, 60), said, 2):
+        for row in decode_rows(tower, random_head(tower), said, 2):
             append(args.out, args.size, row)
-    return 0 if args.only == "decode" else _train_rows(args, folder, tower)
+        del tower
+    if args.only == "decode":
+        return 0
+    folder = make_model(args.model or Path(tempfile.gettempdir()) / f"sparktune-{args.size}", args.size)
+    return _train_rows(args, folder, load_tower(folder, device))
 
 
 def _train_rows(args: argparse.Namespace, folder: Path, tower: TextTower) -> int:

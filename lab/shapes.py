@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["LORA_TARGETS", "SIZES", "Size", "make_model", "random_documents"]
+__all__ = ["LORA_TARGETS", "SIZES", "Size", "make_model", "random_documents", "text_config"]
 
 LORA_TARGETS = [
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj_qkv", "in_proj_z", "out_proj",
@@ -39,6 +40,20 @@ SIZES = {
 }
 
 
+def text_config(name: str) -> dict[str, Any]:
+    """Returns the text config of size `name`, in the fields of config.json."""
+    s = SIZES[name]
+    return {
+        "vocab_size": 248320, "hidden_size": s.hidden, "intermediate_size": s.ffn, "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads, "num_key_value_heads": s.kv_heads, "head_dim": 256,
+        "linear_num_key_heads": 16, "linear_num_value_heads": s.value_heads, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "max_position_embeddings": 32768, "tie_word_embeddings": s.tied,
+        "eos_token_id": 1, "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+                            "mrope_section": [11, 11, 10], "mrope_interleaved": True},
+    }
+
+
 def make_model(folder: Path, name: str, seed: int = 0) -> Path:
     """Writes a random bf16 text model of size `name` through transformers, with a byte tokenizer, and returns it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -46,15 +61,7 @@ def make_model(folder: Path, name: str, seed: int = 0) -> Path:
 
     if (folder / "config.json").exists():
         return folder
-    s = SIZES[name]
-    config = Qwen3_5TextConfig(
-        vocab_size=248320, hidden_size=s.hidden, intermediate_size=s.ffn, num_hidden_layers=s.layers,
-        num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, head_dim=256, linear_num_key_heads=16,
-        linear_num_value_heads=s.value_heads, linear_key_head_dim=128, linear_value_head_dim=128,
-        max_position_embeddings=32768, tie_word_embeddings=s.tied, eos_token_id=1, pad_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
-                         "mrope_section": [11, 11, 10], "mrope_interleaved": True},
-    )
+    config = Qwen3_5TextConfig(**text_config(name))
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
