@@ -102,6 +102,22 @@ def test_merged_logits_equal_base_plus_adapter(tmp_path: Path, make_adapter) -> 
         got = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
     assert (want - before).abs().max() > 1e-2 * want.abs().max(), "the adapter must matter"
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    # what the user takes along: transformers alone loads it, as text and as multimodal model
+    child = f"""
+import sys
+sys.modules["peft"] = sys.modules["sparktune"] = None  # importing either fails
+import torch
+from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
+torch.set_num_threads(1)
+ids = torch.tensor({ids.tolist()})
+with torch.no_grad():
+    found = [c.from_pretrained(sys.argv[1], dtype=torch.float32)(ids).logits
+             for c in (AutoModelForCausalLM, Qwen3_5ForConditionalGeneration)]
+torch.save(found, sys.argv[2])
+"""
+    subprocess.run([sys.executable, "-P", "-c", child, str(tmp_path / "out"), str(tmp_path / "logits")], check=True)
+    for logits in torch.load(tmp_path / "logits", weights_only=True):
+        assert (logits - got).abs().max() < 1e-6 * got.abs().max()
 
 
 def test_an_adapter_made_on_the_multimodal_class_merges_into_the_same_tensors(
