@@ -231,7 +231,7 @@ def _resume(session: _Session, only: str | None = None) -> int:
     return resume_pipeline(
         _run_root(session), console=session.messages, plain=arguments.plain, json_out=arguments.json_out, only=only,
         backend=arguments.flags.get("backend"), image=arguments.image,
-        changes={f: v for f, v in arguments.flags.items() if f in EVALUATION_FIELDS},
+        changes={f: getattr(session.plan(), f) for f in arguments.flags if f in EVALUATION_FIELDS},
     )
 
 

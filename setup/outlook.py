@@ -39,7 +39,7 @@ def outlook(plan: Plan, analysis: Analysis) -> Outlook:
     lines = [("steps", strings.OUTLOOK_STEPS.format(steps=planned_steps(plan, analysis.report)))]
     try:
         check_name_free(plan)
-        check_exports(plan)
+        check_exports(plan, analysis.spec)
         check_trainable(plan, analysis.spec)
         estimate = check_fits(plan, analysis.spec, analysis.report, analysis.machine)
         lines.append(("memory", f"{estimate.describe()}; {analysis.machine.memory_gib:.1f} GiB free"))

@@ -17,9 +17,9 @@ from sparktune.setup.export.llama_cpp import child_environment, converter_source
 from sparktune.setup.export.llama_server import llama_server
 from sparktune.setup.export.merge import merge
 from sparktune.setup.export.prompts import Prompt
-from sparktune.setup.plan.config import load_plan
-from sparktune.setup.plan.errors import SparktuneError, UsageError
+from sparktune.setup.plan.errors import SparktuneError
 from sparktune.setup.plan.events import EventWriter, NullEvents
+from sparktune.setup.plan.exports import baseline_run
 from sparktune.setup.plan.models import resolve_model_dir
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
@@ -137,24 +137,6 @@ def ask_llama_cpp(tools: Tools, file: Path, events: EventWriter, questions: Ques
                      losses=[])
 
 
-def _baseline(plan: Plan, run: RunDir) -> RunDir:
-    """Returns the run that --baseline names.
-
-    Raises:
-        UsageError: there is none, or it has no merged model.
-    """
-    assert plan.baseline is not None
-    for root in (run.results_root / plan.baseline, Path(plan.baseline)):
-        if (root / "plan.yaml").is_file():
-            found = RunDir.from_root(root, load_plan(root / "plan.yaml").output)
-            if not (found.merged / "config.json").is_file():
-                raise UsageError(f"--baseline {plan.baseline}: {found.merged} holds no merged model. Finish that run "
-                                 f"first: ./run.sh resume {found.name}")
-            return found
-    raise UsageError(f"--baseline {plan.baseline} should name a run; {run.results_root / plan.baseline} has no "
-                     "plan.yaml. ./run.sh runs lists them.")
-
-
 def _checkpoints(plan: Plan, run: RunDir, device: str) -> Iterator[Source]:
     base = resolve_model_dir(plan.model)
 
@@ -201,7 +183,7 @@ def sources_of(plan: Plan, run: RunDir, device: str, events: EventWriter) -> lis
             ask_weights, path, run.merged, device, events)
         found.append(Source(name=name, when="after", ask=ask))
     if plan.baseline is not None:
-        known = _baseline(plan, run)
+        known = baseline_run(plan.baseline, run.results_root)
         found.append(Source(name=f"baseline {known.name}", when="after",
                             ask=lambda q: ask_model(known.merged, q, device)))
     return found + (list(_checkpoints(plan, run, device)) if plan.eval_checkpoints else [])

@@ -179,8 +179,8 @@ def _data(plan: Plan) -> Check:
     return Check(name="data", status="ok", seen=f"{plan.data}, {plan.data.stat().st_size / 2**20:.1f} MiB")
 
 
-def _exports(plan: Plan) -> Check:
-    check_exports(plan)
+def _exports(plan: Plan, spec: ModelSpec | None) -> Check:
+    check_exports(plan, spec)
     return Check(name="exports", status="ok", seen=f"GGUF {', '.join(plan.gguf) or 'none'}; MTP head {plan.mtp}")
 
 
@@ -258,7 +258,7 @@ def run_checks(plan: Plan) -> list[Check]:
         return check
 
     asked: dict[str, Callable[[Plan], Check]] = {
-        "model": model, "data": _data, "exports": _exports, "tracker": _tracker,
+        "model": model, "data": _data, "exports": lambda plan: _exports(plan, found[0]), "tracker": _tracker,
         "disk": lambda plan: _disk(plan, found[0]),
     }
     return [*machine_checks(plan), *(guarded(name, partial(check, plan)) for name, check in asked.items())]

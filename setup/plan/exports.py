@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
+from sparktune.setup.plan.config import load_plan
 from sparktune.setup.plan.errors import PreflightError, UsageError
-from sparktune.setup.plan.rundir import cache_dir
-from sparktune.setup.plan.schema import Plan
+from sparktune.setup.plan.models import is_hub_id
+from sparktune.setup.plan.rundir import RunDir, cache_dir
+from sparktune.setup.plan.schema import ModelSpec, Plan
+from sparktune.setup.plan.weights import safetensors_header, safetensors_index
 
 __all__ = [
-    "BYTES_PER_WEIGHT", "CONVERTER_TYPES", "GGUF_TYPES", "check_exports", "check_gguf_types",
-    "needs_quantiser", "written_types",
+    "BYTES_PER_WEIGHT", "CONVERTER_TYPES", "GGUF_TYPES", "baseline_run", "check_exports", "check_gguf_types",
+    "check_validator", "needs_quantiser", "written_types",
 ]
 
 CONVERTER_TYPES = ("bf16", "f16", "f32", "q8_0")
@@ -70,13 +74,77 @@ def _check_compiler(types: Sequence[str]) -> None:
         )
 
 
-def check_exports(plan: Plan) -> None:
-    """Refuses a plan that asks for what cannot be exported here.
+def _check_head(plan: Plan, spec: ModelSpec | None) -> None:
+    """Refuses a --mtp-head that cannot be this model's; a head on the hub is looked at when it is fetched."""
+    given = plan.mtp_head
+    if given is None or plan.mtp == "skip":
+        return
+    path, fc = Path(given).expanduser(), "mtp.fc.weight"
+    if path.is_dir():
+        index = safetensors_index(path)
+        entry = safetensors_header(index[fc]).get(fc) if fc in index else None
+    elif path.is_file():
+        entry = safetensors_header(path).get(fc)
+    elif is_hub_id(given):
+        return
+    else:
+        raise UsageError(f"--mtp-head {given} should be a safetensors file, a model's folder or a hub id such as "
+                         "Qwen/Qwen3.5-2B; there is no such file or folder.")
+    if entry is None:
+        raise UsageError(f"--mtp-head {given} holds no {fc}: it has no MTP head. Give the published checkpoint, or a "
+                         "file made by mtp/extract_upstream_mtp.py.")
+    if spec is not None and entry.shape[0] != spec.hidden_size:
+        raise UsageError(f"--mtp-head {given} belongs to a model of another size: its {fc} has {entry.shape[0]:,} "
+                         f"rows, this model's hidden size is {spec.hidden_size:,}.")
+
+
+def baseline_run(baseline: str, results_root: Path) -> RunDir:
+    """Returns the run that --baseline names.
+
+    Args:
+        baseline: a run's name, or its folder.
+        results_root: where the runs are.
+
+    Raises:
+        UsageError: there is none, or it has no merged model.
+    """
+    for root in (results_root / baseline, Path(baseline)):
+        if (root / "plan.yaml").is_file():
+            found = RunDir.from_root(root, load_plan(root / "plan.yaml").output)
+            if not (found.merged / "config.json").is_file():
+                raise UsageError(f"--baseline {baseline}: {found.merged} holds no merged model. Finish that run "
+                                 f"first: ./run.sh resume {found.name}")
+            return found
+    raise UsageError(f"--baseline {baseline} should name a run; {results_root / baseline} has no plan.yaml. ./run.sh "
+                     "runs lists them.")
+
+
+def check_validator(plan: Plan) -> None:
+    """Refuses a --validator that is no program where this runs.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if plan.validator and shutil.which(plan.validator[0]) is None:
+        raise UsageError(f"--validator {plan.validator[0]!r} is no program here. Give its path, with its arguments "
+                         "after it.")
+
+
+def check_exports(plan: Plan, spec: ModelSpec | None = None) -> None:
+    """Refuses a plan that asks for what cannot be exported or evaluated here.
+
+    Args:
+        plan: what is asked for.
+        spec: the base, where it is known; a given MTP head is held against it.
 
     Raises:
         UsageError: says what is missing and what there is instead.
         PreflightError: a type needs a compiler, and there is none. In a container the image brings the programs.
     """
     check_gguf_types(plan.gguf)
+    _check_head(plan, spec)
+    if plan.baseline is not None:
+        baseline_run(plan.baseline, plan.results)
     if plan.backend == "local":
         _check_compiler(plan.gguf)
+        check_validator(plan)
