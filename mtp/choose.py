@@ -22,6 +22,7 @@ from sparktune.setup.plan.errors import StoppedResumable, UsageError
 from sparktune.setup.plan.events import EventWriter
 from sparktune.setup.plan.outfolder import write_durably
 from sparktune.setup.plan.schema import ModelSpec
+from sparktune.training.gpu_lock import hold_gpu
 from sparktune.training.samples import stop_ids
 from sparktune.training.stop import StopRequest
 
@@ -46,14 +47,23 @@ class Outcome:
 
 
 @contextmanager
-def stopping() -> Iterator[StopRequest]:
-    """Takes SIGINT and SIGTERM while a head trains: the first one leaves a checkpoint. Main thread only."""
+def stopping(device: torch.device, run: str) -> Iterator[StopRequest]:
+    """Takes a GPU, SIGINT and SIGTERM while a head trains: the first signal leaves a checkpoint. Main thread only.
+
+    Args:
+        device: where it trains.
+        run: the run's name.
+
+    Raises:
+        PreflightError: another run computes on that GPU.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     stop = StopRequest()
     stop.install()
     stop.looping = True
     try:
-        yield stop
+        with hold_gpu(device, run):
+            yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

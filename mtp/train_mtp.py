@@ -32,6 +32,7 @@ from sparktune.setup.plan.models import probe, resolve_model_dir
 from sparktune.setup.plan.weights import safetensors_header
 from sparktune.training import checkpoint as checkpoints
 from sparktune.training.checkpoint import LoopState
+from sparktune.training.gpu_lock import hold_gpu
 from sparktune.training.memory import peak_gib, reset_peak
 from sparktune.training.model import TextTower, build_model, load_weights
 from sparktune.training.packing import PackPlan
@@ -274,7 +275,8 @@ def _main(args: argparse.Namespace, stop: StopRequest, say: Callable[[str], None
         learning_rate=args.learning_rate, pack_length=args.pack_length, save_steps=args.save_steps, seed=args.seed,
     )
     stop.looping = True
-    train_head(run, data.train, load_tower(model_dir, device), _Printed(say), stop)
+    with hold_gpu(device, str(args.out)):
+        train_head(run, data.train, load_tower(model_dir, device), _Printed(say), stop)
     say(f"Wrote {args.out}.")
 
 

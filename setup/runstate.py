@@ -32,7 +32,8 @@ EVALUATION_FIELDS = ("eval_prompts", "validator", "baseline", "eval_checkpoints"
 MTP_FIELDS = ("mtp", "mtp_head", "mtp_epochs", "mtp_learning_rate")
 _NOT_MATHS = (
     "name", "results", "output", "backend", "stack", "gguf", "resume_from_checkpoint", "schema_version", "origins",
-    "kernels", "tracker", "tracker_project", "trial", "calibrate", *MTP_FIELDS, *EVALUATION_FIELDS,
+    "kernels", "tracker", "tracker_project", "trial", "calibrate",
+    "on_bad_step", "loss_spike", *MTP_FIELDS, *EVALUATION_FIELDS,
 )
 _FIELDS: dict[str, tuple[str, ...]] = {"mtp": MTP_FIELDS, "gguf": ("gguf",), "evaluate": EVALUATION_FIELDS}
 

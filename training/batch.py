@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["IGNORE_INDEX", "MicroBatch", "to_device"]
+__all__ = ["IGNORE_INDEX", "MicroBatch", "documents", "to_device"]
 
 IGNORE_INDEX = -100
 
@@ -53,4 +54,18 @@ class MicroBatch:
         return MicroBatch(
             **move, cu_seqlens_cpu=self.cu_seqlens_cpu, max_seqlen=self.max_seqlen, examples=self.examples,
             real_tokens=self.real_tokens,
+        )
+
+
+def documents(batch: MicroBatch) -> Iterator[MicroBatch]:
+    """Yields each example of a micro-batch as a micro-batch of its own; padding is left out."""
+    bounds = batch.cu_seqlens_cpu.tolist()
+    for example, first, end in zip(batch.examples, bounds, bounds[1:], strict=False):
+        mine = (batch.supervised_rows >= first) & (batch.supervised_rows < end)
+        cu_seqlens = torch.tensor([0, end - first], dtype=torch.int32)
+        yield MicroBatch(
+            ids=batch.ids[first:end], position_ids=batch.position_ids[first:end],
+            cu_seqlens=cu_seqlens.to(batch.ids.device), cu_seqlens_cpu=cu_seqlens, max_seqlen=end - first,
+            supervised_rows=batch.supervised_rows[mine] - first, targets=batch.targets[mine], examples=(example,),
+            real_tokens=end - first,
         )

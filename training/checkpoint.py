@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -76,6 +77,12 @@ class LoopState:
     best_step: int | None = None
     """Step of the lowest evaluation loss."""
     evals_without_gain: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last good steps; a spike is measured against them."""
+    bad_in_a_row: int = 0
+    """Steps passed over since the last good one."""
+    passed_over: int = 0
+    """Steps that nothing was learned from, or whose learning was taken back."""
     pending: bool = False
     """The stop came during this step's evaluation: a resume begins with it."""
     metrics_bytes: int = 0
@@ -86,9 +93,12 @@ class LoopState:
     """Every setting that changes the numbers; a resume refuses another value."""
 
 
-_COUNTS = ("step", "position", "tokens", "evals_without_gain", "metrics_bytes", "samples_bytes")
+_COUNTS = (
+    "step", "position", "tokens", "evals_without_gain", "metrics_bytes", "samples_bytes", "bad_in_a_row", "passed_over",
+)
 _OTHERS: dict[str, tuple[type, ...]] = {
     "best_eval_loss": (float, int, NoneType), "best_step": (int, NoneType), "pending": (bool,), "maths": (dict,),
+    "recent_losses": (list,),
 }
 
 
@@ -320,6 +330,8 @@ def load_loop_state(checkpoint: Path) -> LoopState:
         for name, kinds in _OTHERS.items():
             if type(getattr(state, name)) not in kinds:
                 raise ValueError(f"{name} is a {type(getattr(state, name)).__name__}")
+        if not all(type(loss) is float and math.isfinite(loss) for loss in state.recent_losses):
+            raise ValueError("recent_losses holds something other than finite numbers")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointDamaged(f"{path} is not the state of a training: {error}. Resume from another checkpoint."
                                 ) from error

@@ -25,8 +25,20 @@ class Engine(Protocol):
         `n_supervised` counts the targets of the whole step, over all micro-batches (and ranks).
         """
 
+    def gradient_norm(self) -> torch.Tensor:
+        """Returns the global norm of the gradients as they stand (0-d tensor)."""
+
     def optimiser_step(self, learning_rate: float) -> torch.Tensor:
         """Clips, steps and zeroes the gradients. Returns the gradient norm before clipping (0-d tensor)."""
+
+    def drop_gradients(self) -> None:
+        """Forgets every pass since the last optimiser step: its gradients, and the dropout masks it drew."""
+
+    def recompute_more(self) -> str | None:
+        """After an allocation failed: forgets the passes as above, and keeps less of the next ones.
+
+        Returns what is computed again from now on, in a word, or None when there is nothing left to give up.
+        """
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Yields every trainable tensor's name and its gradient since the last step, None where there is none."""

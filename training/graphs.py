@@ -261,6 +261,11 @@ class _ByLength(Generic[_G]):
         self._seen: dict[int, int] = {}
         self.graphs: dict[int, _G] = {}
 
+    def forget(self) -> None:
+        """Lets go of every graph; lengths are counted anew."""
+        self.graphs.clear()
+        self._seen.clear()
+
     def find(self, batch: MicroBatch) -> _G | None:
         n_tokens = batch.ids.shape[0]
         graph = self.graphs.get(n_tokens)
@@ -323,6 +328,10 @@ class TowerGraphs:
     def find(self, batch: MicroBatch) -> GraphedTower | None:
         """Returns the graph that runs `batch`, captured when its length comes for the third time; None: run eagerly."""
         return None if self.objection or self._gradients is None else self._known.find(batch)
+
+    def forget(self) -> None:
+        """Lets go of every graph: the next passes run eagerly and are recorded anew."""
+        self._known.forget()
 
     def _capture(self, batch: MicroBatch) -> GraphedTower:
         assert self._gradients is not None, "asked by find"

@@ -6,6 +6,7 @@ forward_backward over its micro-batches, one optimiser step, and one read of the
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -32,12 +33,18 @@ from sparktune.training.checkpoint import (
     validate,
 )
 from sparktune.training.engine import Engine
-from sparktune.training.memory import peak_gib
+from sparktune.training.health import HISTORY, check_first_gradients, damaged_tensors, judge, some
+from sparktune.training.memory import is_out_of_memory, peak_gib
 from sparktune.training.metrics import MetricsLog
+from sparktune.training.recovery import pass_over, recompute_more
 from sparktune.training.schedule import RunLength, learning_rate, tenth, warmup_length
 from sparktune.training.stop import StopRequest
 
 __all__ = ["Batches", "SamplePrompt", "TrainingLoop"]
+
+
+class _GiveUp(Exception):
+    """The step in progress is given up: what stops the run cannot wait for its end."""
 
 
 class Batches(Protocol):
@@ -101,6 +108,7 @@ class TrainingLoop:
         self.spent = {what: [0.0, 0.0] for what in ("evaluation", "samples", "saves")}
         """What the loop did besides its steps: [how much, seconds]; micro-batches, tokens, folders."""
         self._checked = False
+        """The gradients of this process's first step have been looked at."""
         self._last_line_s = 0.0
         self._saved_step: int | None = self.state.step if self.state.step else None
 
@@ -111,7 +119,7 @@ class TrainingLoop:
 
         Raises:
             StoppedResumable: a signal asked to stop; a checkpoint was written.
-            SparktuneError: the loss is not finite, a gradient is missing, or the disk refused.
+            SparktuneError: a step must not be learned from, a gradient is missing, or the disk refused.
         """
         self.stop.looping = True
         if self.state.step == 0 or self.state.pending:
@@ -127,46 +135,96 @@ class TrainingLoop:
         if self._saved_step != self.state.step:
             self.save()
         self._take_best()
+        if self.state.passed_over:
+            self.say(f"Warning: {self.state.passed_over} steps were passed over; warnings above name their rows.")
         return self.export()
 
     def step(self) -> None:
-        """One optimiser step over the micro-batches that belong to it."""
+        """One optimiser step over the micro-batches that belong to it.
+
+        Raises:
+            StoppedResumable: memory ran short meanwhile; the step is done again when the run goes on.
+            SparktuneError: the step must not be learned from, and the plan says stop.
+        """
         started = time.perf_counter()
         step = self.state.step + 1
         epoch, first, last = self.length.where(step)
-        supervised = self.train.supervised_tokens(epoch, first, last)
         batches: list[MicroBatch] = []
         lr = learning_rate(
             step, peak=self._peak(), total_steps=self.length.total_steps, warmup=self.warmup,
             shape=self.plan.lr_scheduler,
         )
-        loss = grad_norm = None
-        if supervised:
-            loss_on_device = self.engine.forward_backward(self._drawn(epoch, first, last, batches), supervised)
-            if not self._checked:
-                self._check_gradients(step)
-            norm_on_device = self.engine.optimiser_step(lr)
-            loss, grad_norm = torch.stack([loss_on_device.double(), norm_on_device.double()]).tolist()
-            self._check_finite(step, loss, grad_norm, batches)
+        loss, grad_norm = self._pass(epoch, first, last, batches)
+        bad = judge(loss, grad_norm, batches, self.state.recent_losses, self.plan.loss_spike)
+        if bad is not None:
+            pass_over(self, step, bad, batches)
         else:
-            batches = list(self._drawn(epoch, first, last, []))
-        assert sum(b.supervised_tokens for b in batches) == supervised, "the count the gradients were divided by"
+            if not self._checked:
+                self._checked = True
+                check_first_gradients(self.engine, step, self.say)
+            self.engine.optimiser_step(lr)
+            assert loss is not None, "a step without a loss is bad"
+            self.state.recent_losses = [*self.state.recent_losses, loss][-HISTORY:]
+            self.state.bad_in_a_row = 0
         tokens = sum(batch.real_tokens for batch in batches)
         self.state.step = step
         self.state.position = self.length.position_after(step)
         self.state.tokens += tokens
+        finite = loss is not None and math.isfinite(loss)
         row = {
-            "step": step, "epoch": round(self.length.epoch_after(step), 6), "loss": loss, "lr": lr,
-            "grad_norm": grad_norm, "tokens": tokens, "supervised_tokens": supervised,
+            "step": step, "epoch": round(self.length.epoch_after(step), 6), "loss": loss if finite else None, "lr": lr,
+            "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None, "tokens": tokens,
+            "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
             "tok_per_s": round(tokens / (time.perf_counter() - started), 1),
             "peak_gib": round(peak_gib(self.engine.device), 3),
         }
+        if bad is not None:
+            row["passed_over"] = bad.kind
         self.log.step(row, self.length.total_steps)
         self._print(row)
+
+    def _pass(
+        self, epoch: int, first: int, last: int, batches: list[MicroBatch]
+    ) -> tuple[float | None, float | None]:
+        """Computes a step's gradients. Returns (loss, gradient norm), or twice None where nothing is supervised.
+
+        Reading the two numbers is the step's only wait for the device; the optimiser runs while the next step begins.
+        """
+        supervised = self.train.supervised_tokens(epoch, first, last)
+        if not supervised:
+            batches += self._drawn(epoch, first, last, [])
+            return None, None
+        try:
+            loss, norm = self._try_pass(epoch, first, last, batches, supervised)
+        except _GiveUp:
+            self.engine.drop_gradients()
+            self._stop()
+        assert sum(b.supervised_tokens for b in batches) == supervised, "the count the gradients were divided by"
+        return loss, norm
+
+    def _try_pass(
+        self, epoch: int, first: int, last: int, batches: list[MicroBatch], supervised: int
+    ) -> tuple[float, float]:
+        """As `_pass`; where memory runs out, once more under the next recompute policy, which gives the same loss."""
+        for again in (False, True):
+            try:
+                loss = self.engine.forward_backward(self._drawn(epoch, first, last, batches), supervised)
+                both: list[float] = torch.stack([loss.double(), self.engine.gradient_norm().double()]).tolist()
+                return both[0], both[1]
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if again or not is_out_of_memory(error):
+                    raise
+                why = str(error).partition("\n")[0]
+            batches.clear()  # out here the failed pass's frames are gone, and what they held
+            gc.collect()
+            recompute_more(self, why)
+        raise AssertionError("the second try returns or raises")
 
     def _drawn(self, epoch: int, first: int, last: int, kept: list[MicroBatch]) -> Iterator[MicroBatch]:
         """Builds each micro-batch when the engine asks for it, while the device still works on the one before."""
         for index in range(first, last):
+            if self.stop.urgent:
+                raise _GiveUp
             kept.append(self.train.micro_batch(epoch, index))
             yield kept[-1]
 
@@ -180,57 +238,10 @@ class TrainingLoop:
         if row["step"] not in (1, self.length.total_steps) and now - self._last_line_s < 2.0:
             return
         self._last_line_s = now
-        loss = "no supervised token" if row["loss"] is None else f"loss {row['loss']:.4f}"
+        loss = "no finite loss" if row["loss"] is None else f"loss {row['loss']:.4f}"
         self.show(
             f"step {row['step']}/{self.length.total_steps}  epoch {row['epoch']:.2f}  {loss}  lr {row['lr']:.2e}  "
             f"{row['tok_per_s']:,.0f} tok/s  peak {row['peak_gib']:.2f} GiB"
-        )
-
-    # -- checks
-
-    def _check_gradients(self, step: int) -> None:
-        """Looks at every gradient once, at the first step of the process: all there, all finite, zeros named."""
-        self._checked = True
-        names, present = [], []
-        missing = []
-        for name, gradient in self.engine.named_gradients():
-            if gradient is None:
-                missing.append(name)
-            else:
-                names.append(name)
-                present.append(torch.stack([gradient.isfinite().all(), gradient.ne(0).any()]))
-        if missing:
-            raise SparktuneError(
-                f"At step {step} {len(missing)} trainable tensors got no gradient at all, so they would never learn: "
-                f"{_some(missing)}. The model's forward pass does not use them; choose other --target-modules."
-            )
-        facts = torch.stack(present).tolist()
-        broken = [name for name, (finite, _) in zip(names, facts, strict=True) if not finite]
-        if broken:
-            raise SparktuneError(
-                f"At step {step} {len(broken)} of {len(names)} gradients are NaN or infinite: {_some(broken)}. "
-                "Try --dtype float32; if that helps, the base weights or the kernels overflow in the lower precision."
-            )
-        zero = [name for name, (_, moves) in zip(names, facts, strict=True) if not moves]
-        expected = [name for name in zero if "lora_a" in name.lower() and step == 1]
-        note = f"Step {step}: all {len(names)} trainable tensors have finite gradients"
-        if expected:
-            note += f"; {len(expected)} lora_A ones are zero, as they must be while every lora_B is still zero"
-        self.say(note + ".")
-        others = [name for name in zero if name not in set(expected)]
-        if others:
-            self.say(f"Warning: {len(others)} other gradients are exactly zero at step {step}: {_some(others)}.")
-
-    def _check_finite(self, step: int, loss: float, grad_norm: float, batches: Sequence[MicroBatch]) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
-        lines = sorted({line for batch in batches for line in self.train.lines(batch)})
-        what = f"The loss is {loss}" if not math.isfinite(loss) else f"The gradient norm is {grad_norm}"
-        good = f"checkpoint-{self._saved_step} is still good" if self._saved_step else "there is no checkpoint yet"
-        raise SparktuneError(
-            f"{what} at step {step}, so training stopped; {good}. The step's examples are on lines "
-            f"{_some([str(n) for n in lines])} of {self.plan.data}. Look at those rows, or lower --learning-rate "
-            f"(now {self.plan.learning_rate:g})."
         )
 
     # -- after a step
@@ -305,29 +316,40 @@ class TrainingLoop:
 
     # -- keeping
 
+    def still_good(self) -> str:
+        """Returns which checkpoint a run that ends here has."""
+        return f"checkpoint-{self._saved_step} is still good" if self._saved_step else "there is no checkpoint yet"
+
     def save(self) -> None:
         """Writes a checkpoint of this step, unless there is one."""
         if self._saved_step == self.state.step and not self.state.pending:
             return
         began = time.perf_counter()
+        engine_state = self.engine.state()
+        damaged = damaged_tensors(engine_state)
+        if damaged:
+            raise SparktuneError(
+                f"After step {self.state.step} {len(damaged)} tensors hold NaN or infinity: {some(damaged)}. No "
+                f"checkpoint was made of them; {self.still_good()}. Lower --learning-rate or try --dtype float32."
+            )
         self.state.metrics_bytes, self.state.samples_bytes = self.log.sync()
-        path = save_checkpoint(self.run.root, self.state, self.engine.state(), self.engine.export, self.result_name)
+        path = save_checkpoint(self.run.root, self.state, engine_state, self.engine.export, self.result_name)
         self._saved_step = self.state.step
         best = {self.state.best_step} if self.plan.early_stopping is not None and self.state.best_step else set()
         rotate(self.run.root, self.plan.keep_checkpoints, {step for step in best if step is not None})
         self._note_time("saves", 1, began)
         self.say(f"step {self.state.step}: saved {path.name}")
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         """Saves and leaves, as the user asked. Before the first step there is nothing to save."""
         if self.state.step == 0:
             raise StoppedResumable(
-                f"Stopped before the first step, as you asked. Go on with: python train.py --config {self.run.plan}"
+                f"Stopped before the first step, {self.stop.why}. Go on with: python train.py --config {self.run.plan}"
             )
         self.save()
         path = self.run.checkpoint(self.state.step)
         raise StoppedResumable(
-            f"Stopped after step {self.state.step} of {self.length.total_steps}, as you asked. Go on with: "
+            f"Stopped after step {self.state.step} of {self.length.total_steps}, {self.stop.why}. Go on with: "
             f"python train.py --resume-from-checkpoint {path}"
         )
 
@@ -373,9 +395,3 @@ class TrainingLoop:
             raise storage_error(error, f"the trained {self.result_name} in {self.run.root}") from error
         self._note_time("saves", 1, began)
         return final
-
-
-def _some(names: Sequence[str]) -> str:
-    """Up to ten names, then a count."""
-    shown = ", ".join(names[:10])
-    return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -6,39 +6,24 @@ import os
 import resource
 import shutil
 import sys
-from pathlib import Path
 
 import torch
 
 from sparktune.setup.plan.errors import UsageError
+from sparktune.setup.plan.hostmemory import available_bytes
 from sparktune.setup.plan.memory import cheapest_policy
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 from sparktune.training.tower import RecomputePolicy
 
 __all__ = [
-    "available_gib", "check_recompute_layers", "choose_recompute", "is_unified", "measure_machine", "peak_gib",
-    "reserve_gib", "reset_peak",
+    "available_gib", "cap_allocator", "check_recompute_layers", "choose_recompute", "host_available_gib",
+    "host_floor_gib", "is_out_of_memory", "is_unified", "measure_machine", "peak_gib", "reserve_gib", "reset_peak",
 ]
 
 GIB = 2**30
 RESERVE_SHARE = 0.05
 RESERVE_LEAST_GIB = 4.0
 """Left to the system on unified memory: a GB10 that runs out takes the whole machine with it, not one process."""
-
-
-def _host_available_bytes() -> int:
-    """Reads MemAvailable, and the control group's limit where one is lower."""
-    available = 0
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.is_file() and used.is_file():
-        text = limit.read_text(encoding="ascii").strip()
-        if text != "max":
-            available = min(available, max(0, int(text) - int(used.read_text(encoding="ascii"))))
-    return available
 
 
 def is_unified(device: torch.device) -> bool:
@@ -54,11 +39,11 @@ def available_gib(device: torch.device) -> float:
     less `reserve_gib`.
     """
     if device.type != "cuda":
-        return _host_available_bytes() / GIB
+        return available_bytes() / GIB
     free, total = torch.cuda.mem_get_info(device)
     if not is_unified(device):
         return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / GIB
-    return max(0.0, _host_available_bytes() / GIB - reserve_gib(total / GIB))
+    return max(0.0, available_bytes() / GIB - reserve_gib(total / GIB))
 
 
 def reserve_gib(total_gib: float) -> float:
@@ -68,6 +53,50 @@ def reserve_gib(total_gib: float) -> float:
         total_gib: memory of the machine.
     """
     return max(RESERVE_LEAST_GIB, RESERVE_SHARE * total_gib)
+
+
+FLOOR_SHARE = 0.8
+"""Of the reserve: below that the watchdog stops a run. Our own allocator never takes any of it."""
+HOST_FLOOR_SHARE, HOST_FLOOR_LEAST_GIB = 0.01, 0.2
+"""Where the model does not share the host's memory, or is small: enough for a checkpoint's buffers and a shell."""
+_CPU_REFUSALS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+def host_available_gib() -> float:
+    """Returns the host's free memory, page cache included, within its control groups' limits, in GiB."""
+    return available_bytes() / GIB
+
+
+def host_floor_gib(device: torch.device) -> float:
+    """Returns the free host memory below which a run stops, in GiB.
+
+    On unified memory that is most of the reserve, elsewhere a hundredth of the host's memory.
+    """
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    if is_unified(device):
+        return FLOOR_SHARE * reserve_gib(total)
+    return max(HOST_FLOOR_LEAST_GIB, HOST_FLOOR_SHARE * total)
+
+
+def cap_allocator(device: torch.device) -> float | None:
+    """On unified memory, keeps torch's allocator from taking the reserve. Returns the cap in GiB, None elsewhere.
+
+    An allocation above the cap fails as an ordinary out-of-memory error in this process, where the same allocation
+    without it would take the machine down.
+    """
+    if not is_unified(device):
+        return None
+    total = torch.cuda.mem_get_info(device)[1] / GIB
+    cap = min(available_gib(device), total - reserve_gib(total))
+    torch.cuda.set_per_process_memory_fraction(max(cap, 0.0) / total, device)
+    return cap
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Says whether an error means that an allocation failed, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_REFUSALS)
 
 
 def reset_peak(device: torch.device) -> None:

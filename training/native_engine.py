@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -19,6 +20,7 @@ from sparktune.training.graphs import TowerGraphs
 from sparktune.training.model import TextTower, build_model, export_weights, load_weights, train_everything
 from sparktune.training.optimiser import MasterAdamW
 from sparktune.training.quantised import build_hollow, frozen_parameters, stored_bytes, storing
+from sparktune.training.tower import RecomputePolicy
 
 __all__ = ["NativeEngine", "kernels_in_words"]
 
@@ -53,6 +55,7 @@ class NativeEngine:
         )
         # A graph adds to gradients at fixed addresses.
         self._optimiser.keep_gradients = not self.graphs.objection
+        self._calls_before = model.dropout_calls
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         model.train()
 
@@ -148,9 +151,36 @@ class NativeEngine:
         graph.backward(hidden.grad)
         return loss.detach()
 
+    def gradient_norm(self) -> torch.Tensor:
+        """Returns the global norm of the gradients."""
+        return self._optimiser.norm()
+
     def optimiser_step(self, learning_rate: float) -> torch.Tensor:
         """Clips, steps and zeroes the gradients; returns their norm before clipping."""
+        self._calls_before = self.model.dropout_calls
         return self._optimiser.step(learning_rate)
+
+    def drop_gradients(self) -> None:
+        """Forgets every pass since the last optimiser step."""
+        self.model.dropout_calls = self._calls_before
+        self._optimiser.drop_gradients()
+
+    def recompute_more(self) -> str | None:
+        """Forgets the passes and takes the next recompute policy: none, norms, layer (every block), all."""
+        self.drop_gradients()
+        model = self.model
+        if model.recompute == "layer" and model.whole_blocks < len(model.layers):
+            policy: RecomputePolicy = "layer"
+        elif model.recompute == "all":
+            return None
+        else:
+            order = get_args(RecomputePolicy)
+            policy = order[order.index(model.recompute) + 1]
+        self.graphs.forget()  # they keep what the old policy kept
+        model.set_recompute(policy)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return policy
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Yields (parameter name, gradient since the last step or None)."""
@@ -174,7 +204,7 @@ class NativeEngine:
         if _CALLS not in state:
             raise ValueError(f"{_CALLS} is missing")
         self._optimiser.load_state(state, others={_CALLS})
-        self.model.dropout_calls = int(state[_CALLS].item())
+        self.model.dropout_calls = self._calls_before = int(state[_CALLS].item())
 
     def export(self, folder: Path) -> None:
         """Makes `folder` with the adapter in PEFT's format, or the trained tensors, rounded once from the masters.

@@ -39,6 +39,7 @@ class MasterAdamW:
         self.max_grad_norm = max_grad_norm
         self.keep_gradients = False
         """Zero gradients in place instead of dropping them."""
+        self._norm: torch.Tensor | None = None
         self._masters: dict[str, nn.Parameter] = {}
         self._rounded: list[tuple[nn.Parameter, nn.Parameter]] = []
         self._parameters = [parameter for _, parameter in named_parameters]
@@ -71,25 +72,46 @@ class MasterAdamW:
             sums[parameter] = master.grad
         return sums
 
+    def _gradients(self) -> list[torch.Tensor]:
+        return [m.grad for m in self._masters.values() if m.grad is not None]
+
+    @torch.no_grad()
+    def norm(self) -> torch.Tensor:
+        """Returns the global norm of the gradients, a 0-d tensor on the device; nothing here synchronises."""
+        self._norm = torch.nn.utils.get_total_norm(self._gradients())
+        return self._norm
+
     @torch.no_grad()
     def step(self, learning_rate: float) -> torch.Tensor:
         """Clips, updates the masters, rounds them into the weights, drops the gradients.
 
-        Returns the global norm before clipping, a 0-d tensor on the device; nothing here synchronises.
+        Returns the global norm before clipping, a 0-d tensor on the device; nothing here synchronises. A norm that was
+        asked for just before is not computed again.
         """
-        gradients = [m.grad for m in self._masters.values() if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        gradients = self._gradients()
+        norm = self.norm() if self._norm is None else self._norm
         if self.max_grad_norm > 0:
             scale = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(gradients, scale)
         self._moments.update(learning_rate)
+        self.drop_gradients()
+        self._round()
+        return norm
+
+    @torch.no_grad()
+    def drop_gradients(self) -> None:
+        """Zeroes the gradients, in place or by leaving them out."""
+        self._norm = None
         if self.keep_gradients:
-            torch._foreach_zero_(gradients)
+            gradients = self._gradients()
+            if gradients:
+                torch._foreach_zero_(gradients)
         else:
             for master in self._masters.values():
                 master.grad = None
-        self._round()
-        return norm
+        for parameter, master in self._rounded:
+            if parameter is not master:
+                parameter.grad = None  # of a pass that did not reach its end
 
     def _round(self) -> None:
         for parameter, master in self._rounded:

@@ -40,6 +40,7 @@ from sparktune.setup.plan.outfolder import write_durably
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.training.checkpoint import LoopState
+from sparktune.training.gpu_lock import hold_gpu
 from sparktune.training.loop import TrainingLoop
 from sparktune.training.memory import peak_gib
 from sparktune.training.narrator import Narrator
@@ -293,6 +294,13 @@ def _rehearse_plan(root: Path, steps: int, warmth: Warmth, events: Narrator) -> 
     plan = load_plan(root / "plan.yaml")
     spec, device = probe(plan.model), device_of(plan)
     refuse_unsupported(plan, spec, device)
+    with hold_gpu(device, plan.name or "that is being started"):
+        return _time_plan(root, plan, spec, device, steps, warmth, events)
+
+
+def _time_plan(
+    root: Path, plan: Plan, spec: ModelSpec, device: torch.device, steps: int, warmth: Warmth, events: Narrator
+) -> Calibration:
     model_dir = resolve_model_dir(plan.model)
     tokenizer = load_tokenizer(str(model_dir))
     data = prepare(plan, spec, str(model_dir), events, tokenizer)

@@ -30,8 +30,17 @@ from sparktune.training import checkpoint as checkpoints
 from sparktune.training.adapters import read_adapter_config
 from sparktune.training.checkpoint import LoopState
 from sparktune.training.engine_choice import Choice
+from sparktune.training.gpu_lock import hold_gpu
 from sparktune.training.loop import TrainingLoop
-from sparktune.training.memory import check_recompute_layers, choose_recompute, measure_machine, reset_peak
+from sparktune.training.memory import (
+    cap_allocator,
+    check_recompute_layers,
+    choose_recompute,
+    host_available_gib,
+    host_floor_gib,
+    measure_machine,
+    reset_peak,
+)
 from sparktune.training.merge_gap import write_merge_gap
 from sparktune.training.metrics import MetricsLog
 from sparktune.training.narrator import Narrator
@@ -43,6 +52,7 @@ from sparktune.training.samples import sample_prompts, stop_ids
 from sparktune.training.schedule import run_length, tenth
 from sparktune.training.stop import StopRequest
 from sparktune.training.unsloth_engine import UnslothEngine
+from sparktune.training.watchdog import MemoryWatchdog
 
 __all__ = [
     "assemble", "decide_plan", "device_of", "examine_result", "prepare_torch", "refuse_unsupported", "run_session",
@@ -81,7 +91,7 @@ def run_session(
         return _refuse(events, str(error), error.exit_code)
     except KeyboardInterrupt:
         if not stop.aborted:
-            text = "Stopped as you asked, before the first step: nothing was trained yet. Start it again."
+            text = f"Stopped before the first step, {stop.why}: nothing was trained yet. Start it again."
             return _refuse(events, text, ExitCode.STOPPED)
         return _refuse(events, "Aborted; the last checkpoint is still good.", ExitCode.INTERRUPTED)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -128,6 +138,7 @@ def _train(
         events.message(note, "warning")
     spec = probe(plan.model)
     device = device_of(plan)
+    held.enter_context(hold_gpu(device, plan.name or "that is being started"))
     run = None
     if request.existing is not None:  # its folder takes the events and errors of everything that follows
         run = open_run(request, plan, held)
@@ -266,6 +277,17 @@ def _run(
 ) -> None:
     """Builds model and loop, resumes where there is something to resume, trains to the end."""
     prepare_torch(plan, device)
+    cap = cap_allocator(device)
+    if cap is not None:
+        events.message(f"GPU and CPU share their memory: this process may take {cap:.1f} GiB of it.")
+    with MemoryWatchdog(stop, host_floor_gib(device), host_available_gib):
+        _train_to_end(request, plan, spec, model_dir, run, data, tokenizer, device, events, stop)
+
+
+def _train_to_end(
+    request: Request, plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir, data: PreparedData,
+    tokenizer: ChatTokenizer, device: torch.device, events: Narrator, stop: StopRequest,
+) -> None:
     checkpoint, state = _resume_point(request, plan, run, data, events)
     loop = assemble(
         plan, spec, model_dir, run, data, tokenizer, device, events, stop, checkpoint=checkpoint, state=state

@@ -18,6 +18,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         """A signal has come; the loop stops after the step in progress."""
+        self.urgent = False
+        """The stop cannot wait for the end of the step: it is given up and done again when the run goes on."""
+        self.why = "as you asked"
+        """The end of the sentence that says so."""
         self.aborted = False
         """A second signal has come."""
         self.looping = False

@@ -178,9 +178,21 @@ class UnslothEngine:
                 total += loss.detach().float()
         return total
 
+    def gradient_norm(self) -> torch.Tensor:
+        """Returns the global norm of the gradients."""
+        return self._optimiser.norm()
+
     def optimiser_step(self, learning_rate: float) -> torch.Tensor:
         """Clips, steps and zeroes the gradients; returns their norm before clipping."""
         return self._optimiser.step(learning_rate)
+
+    def drop_gradients(self) -> None:
+        """Forgets the gradients since the last optimiser step."""
+        self._optimiser.drop_gradients()
+
+    def recompute_more(self) -> None:
+        """Unsloth's checkpointing is set when the model is loaded: there is nothing to give up here."""
+        self._optimiser.drop_gradients()
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Yields (parameter name, gradient since the last step or None)."""

@@ -113,9 +113,9 @@ def _train(stage: Stage, head: Mapping[str, Place], source: str) -> tuple[str, M
         num_epochs=plan.mtp_epochs, learning_rate=plan.mtp_learning_rate, seed=plan.seed,
     )
     cuda = plan.device != "cpu" and torch.cuda.is_available()
-    with stopping() as stop:
-        found = train_and_choose(job, data.train, data.evaluation, tokenizer,
-                                 torch.device("cuda", 0) if cuda else torch.device("cpu"), events, stop)
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    with stopping(device, run.name) as stop:
+        found = train_and_choose(job, data.train, data.evaluation, tokenizer, device, events, stop)
     return found.chosen, found.head, found.reason
 
 

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Literal
 
+from sparktune.setup.plan.hostmemory import available_bytes
 from sparktune.setup.plan.schema import Machine
 
 __all__ = ["cpu_count", "cpu_name", "detect_machine", "existing_parent", "host_memory_gib", "nvidia_gpus"]
@@ -41,32 +42,9 @@ def cpu_name() -> str:
     return platform.machine()
 
 
-def _cgroup_free_bytes() -> int | None:
-    """Returns what a container's memory limit leaves, or None where there is no limit."""
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit, used = Path(limit_file).read_text().strip(), Path(used_file).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit() and int(limit) < 2**60:
-            return max(int(limit) - int(used), 0)
-    return None
-
-
 def host_memory_gib() -> float:
     """Returns the memory in GiB that a new process may use: available, and within the container's limit."""
-    available = 0
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except OSError:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _cgroup_free_bytes()
-    return min(available, limit if limit is not None else available) / _GIB
+    return available_bytes() / _GIB
 
 
 def nvidia_gpus() -> list[tuple[str, tuple[int, int], float | None]]:

@@ -116,7 +116,7 @@ def needs_network(stage: str, plan: Plan) -> bool:
 def mounts_of(run: RunDir, plan: Plan) -> dict[str, str]:
     """Returns host folder -> mode ("rw" or "ro"); each is mounted where it is, so that a plan's paths stay valid."""
     written = (run.root, Path(plan.output).absolute(), _hub_cache(), _state_folder(), cache_dir("tokens"),
-               cache_dir("cleaned"), cache_dir("llama.cpp"))
+               cache_dir("cleaned"), cache_dir("llama.cpp"), cache_dir("locks"))
     found = {str(path): "rw" for path in written}
     head = Path(os.path.expanduser(plan.mtp_head)) if plan.mtp_head else None
     for path in (plan.data, plan.eval_data, head, Path(os.path.expanduser(plan.model)), Path(_source_of(plan))):

@@ -164,6 +164,11 @@ class Plan(_Strict):
     """Checkpoints kept; the newest loadable one is never deleted."""
     eval_steps: int | None = Field(None, ge=1, json_schema_extra=flags("--eval-steps"))
     """Steps between evaluations; a tenth of the run when left out."""
+    on_bad_step: Literal["stop", "skip", "rewind"] = Field("stop", json_schema_extra=flags("--on-bad-step"))
+    """A step with NaN, infinity, a loss spike or nothing to learn: stop with a checkpoint, learn nothing from it, or
+    also go back to the last checkpoint's weights."""
+    loss_spike: float = Field(10.0, ge=0, json_schema_extra=flags("--loss-spike"))
+    """A loss so many spreads (and 2 nats) above the median of the last 64 steps is a bad step; 0 looks for none."""
     early_stopping: int | None = Field(None, ge=1, json_schema_extra=flags("--early-stopping"))
     """Stop after this many evaluations without a lower loss."""
     sample_steps: int | None = Field(None, ge=1, json_schema_extra=flags("--sample-steps"))

@@ -58,8 +58,17 @@ class ToyEngine:
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         return self.optimiser.named_gradients()
 
+    def gradient_norm(self) -> torch.Tensor:
+        return self.optimiser.norm()
+
     def optimiser_step(self, learning_rate: float) -> torch.Tensor:
         return self.optimiser.step(learning_rate)
+
+    def drop_gradients(self) -> None:
+        self.optimiser.drop_gradients()
+
+    def recompute_more(self) -> str | None:
+        return None
 
     @torch.no_grad()
     def loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
@@ -175,10 +184,11 @@ def test_a_step_without_supervised_tokens_learns_nothing_and_says_so(tmp_path: P
     said: list[str] = []
     make_loop(
         tmp_path, engine=engine, train=ToyBatches(DOCUMENTS, supervised_from=99), held_out=False, say=said.append,
+        on_bad_step="skip", num_epochs=3.0,
     ).run_to_end()
     assert torch.equal(engine.weight, before)
     assert {(r["loss"], r["supervised_tokens"]) for r in rows(tmp_path)} == {(None, 0)}
-    assert "no supervised token" in said[0]
+    assert "No token of the step is supervised at step 1. It comes from lines 1, 2 of rows.jsonl" in said[0]
 
 
 def test_a_trainable_tensor_that_nothing_uses_is_named(tmp_path: Path) -> None:

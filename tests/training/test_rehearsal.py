@@ -65,8 +65,17 @@ class PacedEngine:
     def named_gradients(self) -> list[tuple[str, torch.Tensor]]:
         return [("w", torch.ones(1))]
 
+    def gradient_norm(self) -> torch.Tensor:
+        return torch.ones(())
+
     def optimiser_step(self, learning_rate: float) -> torch.Tensor:
         return torch.ones(())
+
+    def drop_gradients(self) -> None:
+        pass
+
+    def recompute_more(self) -> str | None:
+        return None
 
     def loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
         self.clock.now += self._work(micro_batch) / 3

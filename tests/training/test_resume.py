@@ -204,6 +204,6 @@ def test_a_second_signal_aborts(
 
     monkeypatch.setattr(TrainingLoop, "step", step)
     code, _, err = session(*flags, "--name", "aborted")
-    assert code == 130
+    assert code == 130, err
     assert "Aborted" in err
     assert [p.name for p in checkpoints_of(tmp_path / "results" / "aborted")] == ["checkpoint-3"]
