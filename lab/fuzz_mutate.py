@@ -130,7 +130,9 @@ def json_lines(words: Sequence[str]) -> Mutation:
 def yaml_lines(words: Sequence[str]) -> Mutation:
     """Changes of YAML: a key's value, a line more or less, an anchor, a tag, a block."""
     values = (
-        "null", "true", "on", "1", "-1", "0x_", "1e400", ".nan", ".inf", "9" * 5000, "2026-13-45", "12:99:99", "[]",
+        "null", "true", "on", "1", "-1", "0x_", "1e400", ".nan", ".inf", "9" * 5000, "0x" + "f" * 3900,
+        "2026-13-45", "12:99:99",
+        "[]",
         "{}",
         "!!python/object/apply:os.system [x]", "!!binary x", "!!int x", "!!timestamp x", "!!set {a, b}",
         "!!omap [a: 1]",

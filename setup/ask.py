@@ -22,6 +22,8 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from sparktune.setup import strings
+from sparktune.setup.plan.untrusted import printable
+from sparktune.setup.terminal import Terminal
 
 __all__ = ["BACK", "Asker", "Option", "PlainAsker", "TerminalAsker", "plain_text"]
 
@@ -102,7 +104,7 @@ class Asker(Protocol):
 
 
 def _screen_console(file: TextIO | None = None) -> Console:
-    return Console(stderr=file is None, file=file)
+    return Terminal(stderr=file is None, file=file)
 
 
 class TerminalAsker:
@@ -216,14 +218,14 @@ class PlainAsker:
     def __init__(self, keys: TextIO | None = None, screen: TextIO | None = None) -> None:
         self._keys = keys or sys.stdin
         self._screen = screen or sys.stderr
-        measured = Console(file=self._screen)
-        self._console = Console(
+        measured = Terminal(file=self._screen)
+        self._console = Terminal(
             file=self._screen, no_color=True, force_terminal=False, highlight=False,
             width=measured.width if measured.is_terminal else _PLAIN_WIDTH,
         )
 
     def _line(self, prompt: str) -> str:
-        print(prompt, end=" ", file=self._screen, flush=True)
+        print(printable(prompt), end=" ", file=self._screen, flush=True)
         line = self._keys.readline()
         if not line:
             raise KeyboardInterrupt  # end of input: nobody is left to answer
@@ -280,7 +282,7 @@ class PlainAsker:
 
     def tell(self, text: str, whole: bool = False) -> None:
         """Shows a sentence; its lines are left as they are."""
-        print(text, file=self._screen)
+        print(printable(text), file=self._screen)
 
     def show(self, what: RenderableType) -> None:
         """Shows a part of the screen, without colour."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparktune.setup import strings
+from sparktune.setup.plan.untrusted import printable
 
 __all__ = ["main"]
 
@@ -33,11 +34,17 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_t
     import torch
     from transformers import TextStreamer
 
+    class Streamer(TextStreamer):
+        """A model may have learned escape codes; the terminal is not to obey them."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     with torch.inference_mode():
         output = model.generate(
             **inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None,
-            top_k=None, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            top_k=None, streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 
@@ -50,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     folder: Path = asked.model
     model, tokenizer = _load(folder)
-    print(strings.CHAT_HELLO.format(model=folder), file=sys.stderr)
+    print(printable(strings.CHAT_HELLO.format(model=folder)), file=sys.stderr)
     messages: list[dict[str, str]] = []
     while True:
         print(strings.CHAT_PROMPT, end="", file=sys.stderr, flush=True)

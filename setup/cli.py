@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.markup import escape
 
 from sparktune.setup import strings
@@ -44,16 +42,17 @@ from sparktune.setup.progress import make_display
 from sparktune.setup.replay import replay_command
 from sparktune.setup.runs import compare, compare_table, describe, runs_in, runs_table
 from sparktune.setup.runstate import EVALUATION_FIELDS
+from sparktune.setup.terminal import Terminal, json_text
 
 __all__ = ["main"]
 
 _WIDE = 240
 
 
-def _console(plain: bool, stderr: bool) -> Console:
+def _console(plain: bool, stderr: bool) -> Terminal:
     """Returns a console; into a file or a pipe it writes wide lines, so that paths and reasons stay whole."""
-    console = Console(stderr=stderr, no_color=True if plain else None)
-    return console if console.is_terminal else Console(stderr=stderr, no_color=True, width=_WIDE)
+    console = Terminal(stderr=stderr, no_color=True if plain else None)
+    return console if console.is_terminal else Terminal(stderr=stderr, no_color=True, width=_WIDE)
 
 
 class _Session:
@@ -74,7 +73,7 @@ class _Session:
 
     def print_json(self, value: Any) -> None:
         """Writes `value` on standard output."""
-        print(json.dumps(value, ensure_ascii=False, indent=1))
+        print(json_text(value))
 
 
 def _why_not_ask(arguments: Arguments) -> str | None:
@@ -337,7 +336,7 @@ _COMMANDS: dict[str, Callable[[_Session], int]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; never shows a traceback for what the user can repair."""
-    errors = Console(stderr=True)
+    errors = Terminal(stderr=True)
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         return int(_COMMANDS[arguments.command](_Session(arguments)))

@@ -27,6 +27,7 @@ from sparktune.setup.machine.image_build import Cancelled
 from sparktune.setup.machine.image_checks import host_checks
 from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
 from sparktune.setup.plan.rundir import cache_dir
+from sparktune.setup.terminal import Terminal
 
 __all__ = ["main", "smoke_test", "uninstall"]
 
@@ -144,7 +145,7 @@ def _jobs(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     options = _parse(sys.argv[1:] if argv is None else argv)
-    messages = Console(stderr=True, no_color=True if options.plain else None)
+    messages = Terminal(stderr=True, no_color=True if options.plain else None)
     try:
         if options.gates:
             return _gates(options)
@@ -210,7 +211,7 @@ def _show(options: argparse.Namespace, rows: list[Row], image: Image | None, cod
         facts = None if image is None else {**asdict(image), "log": str(image.log)}
         print(json.dumps({"code": int(code), "verdict": verdict, "image": facts, "checks": [asdict(r) for r in rows]}))
         return
-    console = Console(no_color=True if options.plain else None)
+    console = Terminal(no_color=True if options.plain else None)
     table = Table(box=None, pad_edge=False)
     for name in ("check", "result", "seconds", "seen"):
         table.add_column(name, overflow="fold")

@@ -6,6 +6,7 @@ data; the folder takes the run's name by rename when the plan is complete.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -36,10 +37,12 @@ from sparktune.setup.plan.recommend import apply, recommend
 from sparktune.setup.plan.rundir import RunDir, check_run_name
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan, Recommendation
 from sparktune.setup.plan.trainable import check_trainable
+from sparktune.setup.plan.untrusted import printable
 from sparktune.setup.progress import Display, PlainDisplay, make_display
 from sparktune.setup.replay import replay_command
 from sparktune.setup.runstate import RunLock, RunState, fingerprint, outputs_of, stage_input, stages_of
 from sparktune.setup.stages import StageFailed, StageRunner
+from sparktune.setup.terminal import Terminal, json_text
 from sparktune.setup.trial import show_trial
 
 __all__ = [
@@ -323,18 +326,18 @@ def resume_pipeline(
 def show_result(plan: Plan, run: RunDir, json_out: bool) -> None:
     """Prints the result on standard output: summary.json as it is, or the result card."""
     if json_out:
-        print(run.summary.read_text(encoding="utf-8").rstrip())
+        print(json_text(json.loads(run.summary.read_text(encoding="utf-8"))))
         return
-    console = Console()
+    console: Console = Terminal()
     if not console.is_terminal:
-        console = Console(width=_WIDE)  # a file or a pipe: paths stay whole
+        console = Terminal(width=_WIDE)  # a file or a pipe: paths stay whole
     if plan.trial:
         show_trial(plan, run, console)
         return
     console.print(result_table(plan, run))
     # commands are printed as they are, never folded: they are there to be copied
-    print(strings.REPLAY.format(command=replay_command(plan)))
-    print(strings.NEXT_TITLE, *next_steps(plan, run), sep="\n  ")
+    print(printable(strings.REPLAY.format(command=replay_command(plan))))
+    print(strings.NEXT_TITLE, *map(printable, next_steps(plan, run)), sep="\n  ")
 
 
 def _run_stages(

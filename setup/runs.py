@@ -93,7 +93,7 @@ def runs_table(rows: Sequence[dict[str, Any]]) -> Table:
         best = f"{row['best_eval_loss']:.4f}" if row["best_eval_loss"] is not None else ""
         speed = f"{row['tok_per_s']:,.0f}" if row["tok_per_s"] is not None else ""
         model = Path(row["model"]).name if Path(row["model"]).is_absolute() else row["model"]
-        table.add_row(row["name"], row["mode"], escape(model), _state(row), loss, best, speed)
+        table.add_row(escape(row["name"]), row["mode"], escape(model), _state(row), loss, best, speed)
     return table
 
 
@@ -129,7 +129,7 @@ def compare_table(found: dict[str, Any]) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     for run in runs:
-        table.add_column(run["name"], overflow="fold")
+        table.add_column(escape(run["name"]), overflow="fold")
     table.add_row("state", *(_state(r) for r in runs))
     for field, values in found["plan"].items():
         table.add_row(Text(flag_of(field), "yellow"), *(escape(show_value(v)) for v in values))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sparktune.setup.plan.events import EventKind, EventWriter
+from sparktune.setup.plan.untrusted import printable
 
 __all__ = ["Narrator"]
 
@@ -40,6 +41,7 @@ class Narrator(EventWriter):
 
     def line(self, text: str) -> None:
         """Prints a line that is no event, such as a step's figures."""
+        text = printable(text)  # a message may quote the data or a file's name
         try:
             print(text, flush=True)
         except BrokenPipeError:  # whoever read the output is gone; training is not for them alone

@@ -39,6 +39,7 @@ from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.outfolder import gib, write_durably
 from sparktune.setup.plan.rundir import RunDir, cache_dir
 from sparktune.setup.plan.schema import Cleaned, DatasetReport, ModelSpec, Plan
+from sparktune.setup.plan.untrusted import printable
 
 __all__ = ["PreparedData", "TokenDataset", "prepare"]
 
@@ -312,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
     except Exception as error:
         traceback.print_exc()
-        print(f"Unexpected failure ({type(error).__name__}: {error}).", file=sys.stderr)
+        print(printable(f"Unexpected failure ({type(error).__name__}: {error})."), file=sys.stderr)
         return ExitCode.FAILURE
 
 

@@ -17,6 +17,7 @@ from sparktune.setup.plan.errors import ExitCode, SparktuneError, UsageError
 from sparktune.setup.plan.events import EventWriter
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
+from sparktune.setup.plan.untrusted import printable
 
 __all__ = ["Stage", "run_command", "run_stage"]
 
@@ -57,7 +58,7 @@ def run_command(work: Callable[[], None], say: Callable[[str], None] | None = No
         code = ExitCode.FAILURE
     finally:
         signal.signal(signal.SIGTERM, previous)
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
     if say:
         say(text)
     return code

@@ -65,7 +65,15 @@ def _mapping(loader: _PlainYAML, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _integer(loader: _PlainYAML, node: yaml.ScalarNode) -> int:
+    value = loader.construct_yaml_int(node)
+    if abs(value) >= 2**63:  # a number of thousands of digits cannot even be shown
+        raise yaml.constructor.ConstructorError(None, None, "a number beyond 64 bits", node.start_mark)
+    return value
+
+
 _PlainYAML.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_PlainYAML.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def _names() -> dict[str, str]:
@@ -286,7 +294,7 @@ _IMPLIED = {"static_lora": ("native", "lora"), "wrap_full_ft": ("native", "full"
 
 def _expand(layer: dict[str, Any], origin: Origin) -> None:
     """`--static-lora` and `--wrap-full-ft` say engine and mode too; a contradiction within one source is an error."""
-    truth = {name: str(layer.get(name)).lower() in ("true", "1", "yes", "on") for name in _IMPLIED}
+    truth = {name: excerpt(layer.get(name)).strip("'").lower() in ("true", "1", "yes", "on") for name in _IMPLIED}
     if all(truth.values()):
         raise UsageError(
             "--static-lora (LoRA) and --wrap-full-ft (full fine-tuning) exclude each other. Keep one of them."
@@ -299,7 +307,7 @@ def _expand(layer: dict[str, Any], origin: Origin) -> None:
             if given not in ("auto", value):
                 raise UsageError(
                     f"{_spelled(name, origin)} means {flag_of(field)} {value}, "
-                    f"but {flag_of(field)} {given} was given too. Drop one of them."
+                    f"but {flag_of(field)} {excerpt(given)} was given too. Drop one of them."
                 )
             layer[field] = value
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparktune.setup.plan.errors import UsageError
+from sparktune.setup.plan.untrusted import excerpt
 
 __all__ = ["RunDir", "cache_dir", "check_run_name"]
 
@@ -18,7 +19,8 @@ def check_run_name(name: str) -> str:
     """Returns `name` if it can be a folder name on every system, otherwise raises UsageError."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise UsageError(
-            f"--name takes 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit; got {name!r}."
+            f"--name takes 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit; got "
+            f"{excerpt(name)}."
         )
     return name
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparktune.setup.plan.errors import UsageError
+from sparktune.setup.plan.untrusted import excerpt
 
 __all__ = ["SECTIONS", "read_template"]
 
@@ -34,10 +35,10 @@ SECTIONS: dict[str, dict[str, str | None]] = {
 def _quantization(path: Path, value: Any, notes: list[str]) -> str | None:
     if value == "nf4":
         return "qlora"
-    if value is False or str(value).lower() in ("none", "no", "false"):
+    if value is False or (isinstance(value, str) and value.lower() in ("none", "no", "false")):
         return None
     raise UsageError(
-        f"--config {path}: `model.quantization` takes nf4 (4-bit base, mode qlora) or none; got {value!r}."
+        f"--config {path}: `model.quantization` takes nf4 (4-bit base, mode qlora) or none; got {excerpt(value)}."
     )
 
 
@@ -85,7 +86,7 @@ def read_template(
         UsageError: a value that has no counterpart here.
     """
     for key, value in content.items():
-        name = f"{section}.{key}"
+        name = f"{section}.{key if isinstance(key, str) else excerpt(key)}"
         if key not in SECTIONS[section]:
             unknown.append(name)
             continue

@@ -85,7 +85,9 @@ def printable(text: str) -> str:
     """Returns `text` as a terminal may be given it: what is no character to print (escape codes, overrides of the
     writing direction, halves of surrogate pairs) stands there by its number; line ends and tabs stay.
     """
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" for c in text
+    )
 
 
 def excerpt(value: Any) -> str:
