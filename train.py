@@ -54,7 +54,7 @@ def main() -> int:
     if args.rehearse is not None and args.attempt is None:
         if args.config is None:
             parser.error("--rehearse times a complete plan: give it as --config RUN/plan.yaml")
-        return run_until_warm([sys.executable, *sys.orig_argv[1:]])
+        return run_until_warm([sys.executable, *sys.orig_argv[1:]], args.config.resolve().parent / "calibration.json")
     warmth = Warmth(args.attempt) if args.rehearse is not None else None
     private_compilers(os.environ)
     flags = given_flags(args)

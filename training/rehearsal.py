@@ -62,8 +62,6 @@ _WARM_UP = 3
 """Steps that compile kernels and capture graphs; their excess over a later step counts once."""
 _EVAL_BATCHES = 4
 _LEAST_SPREAD = 0.03
-_ENDS_S = {"cpu": 0.4, "cuda": 1.2}
-"""From the last line of a training process until its parent sees its end."""
 
 
 class Cold(Exception):
@@ -248,7 +246,7 @@ def rehearse(
     now, later = (each * count * at.times(loop.sample_steps) for count in (tokens, at.data_answers()))
     samples_s = first_samples + (now + later) / 2
     saves_s = at.save() * at.times(loop.save_steps)
-    export_s = at.export() + _ENDS_S.get(at.device.type, 1.0)
+    export_s = at.export()
     spread = spread_of([s / c for s, c in zip(seconds, costs, strict=True)])
     others_s = evaluation_s + samples_s + saves_s + export_s
     train_s = start_s + first_s + steps_s + others_s

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from sparktune.setup.plan.eta import Calibration
+from sparktune.setup.plan.outfolder import write_durably
+
 __all__ = ["ATTEMPT", "COLD", "Warmth", "run_until_warm"]
 
 ATTEMPT = "--attempt"
@@ -24,11 +27,14 @@ COLD = 76
 _MUCH_BYTES = 64 * 2**20
 
 
-def run_until_warm(command: Sequence[str]) -> int:
+def run_until_warm(command: Sequence[str], result: Path) -> int:
     """Runs a rehearsal, and once more if the machine was cold. Returns its exit code.
+
+    What the process takes to end, once it has written its result, a run takes too: it is added here, where it is seen.
 
     Args:
         command: the rehearsal's, without `--attempt`.
+        result: the calibration.json that it writes.
     """
     code = COLD
     for attempt in ("1", "2"):
@@ -45,7 +51,16 @@ def run_until_warm(command: Sequence[str]) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    if code == 0:
+        _add_end(result, max(0.0, time.time() - result.stat().st_mtime))
     return code if code >= 0 else 128 - code
+
+
+def _add_end(result: Path, seconds: float) -> None:
+    found = Calibration.model_validate_json(result.read_bytes())
+    whole = {name: round(getattr(found, name) + seconds, 2) for name in ("train_s", "low_s", "high_s")}
+    parts = {**found.parts, "end": round(seconds, 2)}
+    write_durably(result, found.model_copy(update={**whole, "parts": parts}).model_dump_json(indent=1))
 
 
 def _compiled() -> int:

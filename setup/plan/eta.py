@@ -18,8 +18,8 @@ from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 from sparktune.setup.plan.speeds import Rate, Speed, chip_of, rate_for
 
 __all__ = [
-    "Calibration", "Eta", "Pace", "StageTime", "duration", "estimate", "filled_share", "rented", "training_work",
-    "work_of",
+    "Calibration", "Eta", "Pace", "StageTime", "duration", "estimate", "filled_share", "micro_batch_tokens", "rented",
+    "training_work", "work_of",
 ]
 
 _ERR_HIGH = 1.10
@@ -233,10 +233,21 @@ def _epochs(plan: Plan, report: DatasetReport, steps: int) -> float:
 
 def filled_share(plan: Plan, report: DatasetReport) -> float:
     """Share of real tokens in what a GPU computes: padded packs. A CPU pads nothing."""
-    if plan.device != "cuda" or not plan.pack or not plan.pack_length or not report.packing:
+    if plan.device != "cuda" or not plan.pack or not plan.pack_length:
         return 1.0
-    nearest = min(report.packing, key=lambda n: abs(n - (plan.pack_length or 0)))
-    return max(report.packing[nearest], 0.05)
+    return max(_fill(plan.pack_length, report), 0.05)
+
+
+def micro_batch_tokens(plan: Plan, report: DatasetReport) -> float:
+    """Returns the real tokens of a micro-batch."""
+    if not plan.pack or not plan.pack_length:
+        return plan.per_device_batch_size * report.lengths.mean
+    return plan.per_device_batch_size * max(plan.pack_length * _fill(plan.pack_length, report), report.lengths.mean)
+
+
+def _fill(pack_length: int, report: DatasetReport) -> float:
+    """Share of real tokens in packs of the nearest length that the data's report knows."""
+    return report.packing[min(report.packing, key=lambda n: abs(n - pack_length))] if report.packing else 1.0
 
 
 def _moved(stage: str, work: float, paces: Sequence[Pace], chip: str, guess: StageTime) -> StageTime:
@@ -275,7 +286,9 @@ def estimate(
     chip, times, unknown = chip_of(machine), [], ""
     if download_bytes:
         times.append(_guess("download", download_bytes / _LINK, f"{download_bytes / 1e9:.1f} GB at 25 MB/s, a guess"))
-    rate = rate_for(plan, spec, machine, book)
+    rate = rate_for(
+        plan, spec, machine, book, document=report.lengths.mean, micro_tokens=micro_batch_tokens(plan, report)
+    )
     guesses: Mapping[str, StageTime] = {
         "prepare": _guess("prepare", 5.0, "the tokens are cached"),
         "merge": _guess("merge", 15 + spec.parameters * 4 / _DISK, "a guess: read and write every weight"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -41,6 +41,15 @@ class Speed(BaseModel):
     source: Source
     origin: str
     """Where the figure comes from, for people."""
+    document: float | None = None
+    """Mean tokens of a document, and"""
+    micro_tokens: float | None = None
+    """real tokens of a micro-batch; None where not known."""
+
+    def unlike(self, document: float | None, micro_tokens: float | None) -> float:
+        """Returns how far this run's shape is from another: the squared distance of the logarithms; 0 if unknown."""
+        pairs = ((self.document, document), (self.micro_tokens, micro_tokens))
+        return sum(math.log(own / asked) ** 2 for own, asked in pairs if own and asked)
 
 
 class Rate(BaseModel):
@@ -106,18 +115,28 @@ BUILT_IN: tuple[Speed, ...] = (
 
 _SPREAD: dict[Source, tuple[float, float]] = {"own": (0.80, 1.15), "measured": (0.75, 1.25), "published": (0.70, 1.30)}
 """How far a rate may be off, by source: (slowest, fastest) as a factor."""
+_NEAR, _FAR = 0.05, 1.0
+"""Squared distances of two runs' shapes (`Speed.unlike`): as good as the same, and a guess. 1.0: 2.7 times the size."""
 _CPU_FLOP_PER_CORE = 8e9
 """float32 training of a small model by the references, a core: a guess until the machine has run once."""
 
 
-def rate_for(plan: Plan, spec: ModelSpec, machine: Machine, book: Sequence[Speed] = ()) -> Rate | None:
+def rate_for(
+    plan: Plan, spec: ModelSpec, machine: Machine, book: Sequence[Speed] = (), *, document: float | None = None,
+    micro_tokens: float | None = None,
+) -> Rate | None:
     """Returns the rate that the plan is expected to reach, or None where nothing is known of the chip.
+
+    Short documents and small micro-batches reach less of a chip: of the machine's own runs, those count most whose
+    documents and micro-batches are most like the plan's.
 
     Args:
         plan: with `mode`, `engine` and `dtype` decided.
         spec: the model.
         machine: where it will run.
         book: the machine's own runs, newest last.
+        document: mean tokens of a document of the data.
+        micro_tokens: real tokens of a micro-batch.
     """
     chip = chip_of(machine)
     engine = "unsloth" if plan.engine == "unsloth" else "native"
@@ -147,17 +166,23 @@ def rate_for(plan: Plan, spec: ModelSpec, machine: Machine, book: Sequence[Speed
     low, high = _SPREAD[chosen[0].source]
     if notes:
         low, high = low * 0.8, high * 1.6
-    value = _interpolate(spec.parameters, _by_size(chosen))
+    unlike = {s: s.unlike(document, micro_tokens) for s in chosen}
+    if min(unlike.values()) > _FAR:
+        low, high = low * 0.8, high * 1.3
+    value = _interpolate(spec.parameters, _by_size(unlike))
     origins = "; ".join(dict.fromkeys(s.origin for s in _nearest(spec.parameters, chosen)))
     return Rate(flop_per_s=value, low=low, high=high, reason="; ".join([origins, *notes]))
 
 
-def _by_size(speeds: Iterable[Speed]) -> list[tuple[float, float]]:
-    """(logarithm of the weights, mean rate), ascending. The newest three of a size count."""
-    groups: dict[int, list[float]] = {}
-    for speed in speeds:
-        groups.setdefault(speed.parameters, []).append(speed.flop_per_s)
-    return [(math.log(n), sum(rates[-3:]) / len(rates[-3:])) for n, rates in sorted(groups.items())]
+def _by_size(unlike: Mapping[Speed, float]) -> list[tuple[float, float]]:
+    """(logarithm of the weights, mean rate), ascending. The newest eight of a size count, the more alike the more."""
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for speed, distance in unlike.items():
+        groups.setdefault(speed.parameters, []).append((speed.flop_per_s, 1 / (_NEAR + distance)))
+    return [
+        (math.log(n), sum(rate * weight for rate, weight in found[-8:]) / sum(weight for _, weight in found[-8:]))
+        for n, found in sorted(groups.items())
+    ]
 
 
 def _interpolate(parameters: int, points: Sequence[tuple[float, float]]) -> float:

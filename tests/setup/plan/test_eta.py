@@ -114,6 +114,23 @@ def _own(chip: str, tok_per_s: float, plan: Plan) -> Speed:
                  parameters=_spec().parameters, flop_per_s=tok_per_s * flop, source="own", origin="this machine, run x")
 
 
+def test_own_runs_of_a_like_shape_count_most() -> None:
+    """Short documents reach less of a chip: each shape is predicted from its like, one between them lies between."""
+    plan = _plan()
+    short = _own("NVIDIA GB10", 2000, plan).model_copy(update={"document": 100.0, "micro_tokens": 1000.0})
+    long = _own("NVIDIA GB10", 4000, plan).model_copy(update={"document": 2000.0, "micro_tokens": 8000.0})
+
+    def reached(document: float, micro_tokens: float) -> tuple[float, float]:
+        rate = rate_for(plan, _spec(), GB10, [short, long], document=document, micro_tokens=micro_tokens)
+        assert rate is not None
+        return rate.flop_per_s / long.flop_per_s * 4000, rate.high - rate.low
+
+    assert reached(100, 1000)[0] == pytest.approx(2000, rel=0.02)
+    assert reached(2000, 8000)[0] == pytest.approx(4000, rel=0.02)
+    assert 2500 < reached(500, 3000)[0] < 3500
+    assert reached(20_000, 60_000)[1] > reached(2000, 8000)[1], "far from all that ran here: a wider range"
+
+
 def test_own_runs_go_before_published_ones_and_err_high_within_a_quarter() -> None:
     plan = _plan()
     eta = estimate(plan, _spec(), _report(), GB10, stages=("train",), book=[_own("NVIDIA GB10", 4000, plan)])
