@@ -2,7 +2,7 @@
 
 usage: python -m sparktune.lab.eta_check [--device cuda] [--model tiny|0.8B|FOLDER] [--target-s 70] [--csv FILE]
 
-First the machine is calibrated: one short run of each method, which only teaches. Then each case gets a data set of its
+First the machine is calibrated: short runs of each method and length, which only teach. Then each case gets a data set of its
 own (chat rows, seeded), as many steps as should take about `--target-s` seconds, an estimate from what the machine has
 shown (`before`), a rehearsal (train.py --rehearse 15; `after`) and the run itself (train.py), timed as a process from
 its start to its end. `before` may be up to 25 % too long, `after` must be within 5 %, both inside their ranges. A run
@@ -61,6 +61,10 @@ class Case:
 _SHORT = {"pack_length": 512, "gradient_accumulation": 1, "max_steps": 25}
 _CPU = (
     Case(name="teach lora", rows=100, words=(20, 120), plan={"mode": "lora", **_SHORT}, teaches=True),
+    Case(name="teach lora, long", rows=60, words=(150, 500), teaches=True,
+         plan={"mode": "lora", "pack_length": 1024, "gradient_accumulation": 1, "max_steps": 14}),
+    Case(name="teach lora, unpacked", rows=100, words=(20, 120), teaches=True,
+         plan={"mode": "lora", "pack": False, "gradient_accumulation": 4, "max_steps": 25}),
     Case(name="teach full", rows=100, words=(20, 120), plan={"mode": "full", **_SHORT}, teaches=True),
     Case(name="teach qlora", rows=100, words=(20, 120), teaches=True,
          plan={"mode": "qlora", "quantise_base": "int8", **_SHORT}),
@@ -80,8 +84,10 @@ _CPU = (
          plan={"mode": "lora", "pack_length": 640, "gradient_accumulation": 3}),
 )
 _CUDA = (
-    Case(name="teach lora", rows=400, words=(50, 400), plan={"mode": "lora", "max_steps": 30, "pack_length": 2048},
-         teaches=True),
+    Case(name="teach lora, short", rows=600, words=(5, 120), teaches=True,
+         plan={"mode": "lora", "max_steps": 30, "pack_length": 1024, "gradient_accumulation": 2}),
+    Case(name="teach lora, long", rows=300, words=(200, 1500), teaches=True,
+         plan={"mode": "lora", "max_steps": 25, "pack_length": 6144, "gradient_accumulation": 1}),
     Case(name="teach full", rows=400, words=(50, 400), plan={"mode": "full", "max_steps": 30, "pack_length": 2048},
          teaches=True),
     Case(name="lora, packs of 4096", rows=600, words=(100, 900),
