@@ -86,7 +86,8 @@ def printable(text: str) -> str:
     writing direction, halves of surrogate pairs) stands there by its number; line ends and tabs stay.
     """
     return "".join(
-        c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" for c in text
+        c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
+        for c in text
     )
 
 
