@@ -2,11 +2,11 @@
 
 usage: python -m sparktune.lab.eta_check [--device cuda] [--model tiny|0.8B|FOLDER] [--target-s 70] [--csv FILE]
 
-First the machine is calibrated: short runs of each method and length, which only teach. Then each case gets a data set of its
-own (chat rows, seeded), as many steps as should take about `--target-s` seconds, an estimate from what the machine has
-shown (`before`), a rehearsal (train.py --rehearse 15; `after`) and the run itself (train.py), timed as a process from
-its start to its end. `before` may be up to 25 % too long, `after` must be within 5 %, both inside their ranges. A run
-stops being started when `--limit-s` could not hold it. The other stages are not part of this.
+First the machine is calibrated: short runs of each method and length, which only teach. Then each case gets a data set
+of its own (chat rows, seeded), as many steps as should take about `--target-s` seconds, an estimate from what the
+machine has shown (`before`), a rehearsal (train.py --rehearse 15; `after`) and the run itself (train.py), timed as a
+process from its start to its end. `before` may be up to 25 % too long, `after` must be within 5 %, both inside their
+ranges. A run stops being started when `--limit-s` could not hold it. The other stages are not part of this.
 """
 
 from __future__ import annotations
