@@ -19,6 +19,7 @@ from sparktune.setup.export.handover import result_lines
 from sparktune.setup.histogram import Histogram
 from sparktune.setup.machine.check import Check
 from sparktune.setup.machine.diagnose import Finding
+from sparktune.setup.machine.symptoms import read_metrics
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Cleaned, DatasetReport, Plan, Recommendation
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "checks_table", "findings_table", "first_and_last_loss", "flaws", "next_steps", "outlook_table", "plan_table",
-    "report_tables", "result_table", "size_of",
+    "report_tables", "result_table", "size_of", "table",
 ]
 
 _ALWAYS = ("model", "data", "mode", "engine", "num_epochs", "eval_split", "max_seq_length", "mtp", "gguf", "backend")
@@ -38,28 +39,29 @@ _NARROW = 130
 _STATUS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=bool(columns))
+def table(title: str, *columns: str) -> Table:
+    """Returns an empty table as every card draws it; without columns it has no heading."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=bool(columns))
     for name in columns:
-        table.add_column(name, overflow="fold")
-    return table
+        made.add_column(name, overflow="fold")
+    return made
 
 
 def checks_table(checks: Sequence[Check]) -> Table:
     """Shows the preflight."""
-    table = _table(strings.CHECKS_TITLE, "check", "", "seen", "what to do")
+    made = table(strings.CHECKS_TITLE, "check", "", "seen", "what to do")
     for check in checks:
-        table.add_row(check.name, Text(check.status, _STATUS[check.status]), escape(check.seen), escape(check.fix))
-    return table
+        made.add_row(check.name, Text(check.status, _STATUS[check.status]), escape(check.seen), escape(check.fix))
+    return made
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
     """Shows known failures: the line that met them, the cause, what to do."""
-    table = _table(strings.FINDINGS_TITLE, "failure", "seen", "cause and what to do")
+    made = table(strings.FINDINGS_TITLE, "failure", "seen", "cause and what to do")
     for finding in findings:
         style = "yellow" if finding.warning else "bold red"
-        table.add_row(Text(finding.name, style), Text(finding.line[:300]), escape(finding.sentence()))
-    return table
+        made.add_row(Text(finding.name, style), Text(finding.line[:300]), escape(finding.sentence()))
+    return made
 
 
 def report_tables(report: DatasetReport, bars: bool = True) -> RenderableType:
@@ -69,7 +71,7 @@ def report_tables(report: DatasetReport, bars: bool = True) -> RenderableType:
         report: the data.
         bars: also draw how long the examples are.
     """
-    facts = _table(strings.DATA_TITLE, "", "")
+    facts = table(strings.DATA_TITLE, "", "")
     facts.show_header = False
     lengths = report.lengths
     fills = ", ".join(f"{n}: {share:.0%} real tokens" for n, share in report.packing.items())
@@ -152,8 +154,8 @@ def plan_table(plan: Plan, recommendations: Sequence[Recommendation], width: int
         width: columns of the screen; on a narrow one a reason stands under its value.
     """
     narrow = width < _NARROW
-    table = _table(strings.PLAN_TITLE, *(("flag", "value") if narrow else ("flag", "value", "from", "why")))
-    table.columns[0].no_wrap = True
+    made = table(strings.PLAN_TITLE, *(("flag", "value") if narrow else ("flag", "value", "from", "why")))
+    made.columns[0].no_wrap = True
     reasons = {r.field: f"{r.reason} [{r.source}]" for r in recommendations}
     for field in [*_FIRST, *(f for f in Plan.model_fields if f not in _FIRST)]:
         origin = plan.origins.get(field, "default")
@@ -162,21 +164,21 @@ def plan_table(plan: Plan, recommendations: Sequence[Recommendation], width: int
             said = strings.ORIGINS[origin]
             if narrow:
                 why = f"\n{reason}" if reason else ""
-                table.add_row(flag_of(field), Text.assemble(f"{value}  ({said})", (why, "dim")))
+                made.add_row(flag_of(field), Text.assemble(f"{value}  ({said})", (why, "dim")))
             else:
-                table.add_row(flag_of(field), escape(value), said, escape(reason))
-    return table
+                made.add_row(flag_of(field), escape(value), said, escape(reason))
+    return made
 
 
 def outlook_table(found: Outlook) -> Table:
     """Shows what a plan would take and what stands against it."""
-    table = _table("", "", "")
-    table.title, table.show_header = None, False
+    made = table("", "", "")
+    made.title, made.show_header = None, False
     for what, sentence in found.lines:
-        table.add_row(Text(what, "dim"), escape(sentence))
+        made.add_row(Text(what, "dim"), escape(sentence))
     for sentence in found.refusals:
-        table.add_row(Text(strings.BLOCKED, "bold red"), escape(sentence))
-    return table
+        made.add_row(Text(strings.BLOCKED, "bold red"), escape(sentence))
+    return made
 
 
 def size_of(path: Path) -> int:
@@ -194,11 +196,9 @@ def _size(path: Path) -> str:
     return f"{count / 2**10:.1f} KiB"
 
 
-def first_and_last_loss(metrics: Path) -> tuple[float, float] | None:
-    """Returns the training loss of the first and the last step, or None before the first."""
-    if not metrics.is_file():
-        return None
-    losses = [e["loss"] for e in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()) if "loss" in e]
+def first_and_last_loss(rows: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    """Returns the training loss of the first and the last of a run's metrics, or None before the first step."""
+    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), int | float)]
     return (losses[0], losses[-1]) if losses else None
 
 
@@ -213,11 +213,11 @@ def next_steps(plan: Plan, run: RunDir) -> list[str]:
 
 def result_table(plan: Plan, run: RunDir) -> Table:
     """Shows what a finished run left: figures, and files with their sizes."""
-    table = _table(strings.RESULT_TITLE.format(name=run.name), "", "")
-    table.show_header = False
-    losses = first_and_last_loss(run.metrics)
+    made = table(strings.RESULT_TITLE.format(name=run.name), "", "")
+    made.show_header = False
+    losses = first_and_last_loss(read_metrics(run.metrics))
     if losses:
-        table.add_row("training loss", f"{losses[0]:.4f} -> {losses[1]:.4f}")
+        made.add_row("training loss", f"{losses[0]:.4f} -> {losses[1]:.4f}")
     files = [
         ("adapter", run.adapter), ("weights", run.weights), ("merged model", run.merged),
         ("with MTP head", run.served_mtp(plan.mtp) or run.mtp(plan.mtp)),
@@ -225,10 +225,10 @@ def result_table(plan: Plan, run: RunDir) -> Table:
     ]
     for what, path in files:
         if path.exists():
-            table.add_row(what, escape(f"{path} ({_size(path)})"))
+            made.add_row(what, escape(f"{path} ({_size(path)})"))
     for line in head_lines(run) if plan.mtp == "trained" else []:
-        table.add_row("drafts", escape(line))
-    return table
+        made.add_row("drafts", escape(line))
+    return made
 
 
 def head_lines(run: RunDir) -> list[str]:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparktune.setup import strings
+from sparktune.setup.cards import table
 from sparktune.setup.machine.speedbook import load_book, record_pace, record_training
 from sparktune.setup.plan.errors import SparktuneError
 from sparktune.setup.plan.eta import Calibration, Eta, duration, estimate, rented
@@ -64,22 +65,20 @@ def read_calibration(root: Path) -> Calibration | None:
 
 def eta_table(eta: Eta, plan: Plan, spec: ModelSpec, report: DatasetReport) -> Table:
     """Shows the time of every stage as a range with its source, and what the training would cost on rented GPUs."""
-    table = Table(title=strings.ETA_TITLE, title_justify="left", box=None, pad_edge=False)
-    table.add_column(strings.ETA_STAGE)
-    table.add_column(strings.ETA_TIME, justify="right", no_wrap=True)
-    table.add_column(strings.ETA_RANGE, justify="right", no_wrap=True)
-    table.add_column(strings.ETA_SOURCE, overflow="fold")
+    made = table(strings.ETA_TITLE, strings.ETA_STAGE, strings.ETA_TIME, strings.ETA_RANGE, strings.ETA_SOURCE)
+    for figures in made.columns[1:3]:
+        figures.justify, figures.no_wrap = "right", True
     for stage in eta.stages:
         limits = f"{duration(stage.low)} - {duration(stage.high)}"
-        table.add_row(stage.stage, duration(stage.seconds), limits, escape(stage.reason))
-    table.add_row(strings.ETA_TOTAL, duration(eta.seconds), f"{duration(eta.low)} - {duration(eta.high)}",
-                  escape(eta.unknown), style="bold")
+        made.add_row(stage.stage, duration(stage.seconds), limits, escape(stage.reason))
+    made.add_row(strings.ETA_TOTAL, duration(eta.seconds), f"{duration(eta.low)} - {duration(eta.high)}",
+                 escape(eta.unknown), style="bold")
     for name, fast, slow, cheap, dear in rented(plan, spec, report):
         if dear >= 1:
             hours = f"{duration(fast * 3600)} - {duration(slow * 3600)}"
-            table.add_row(strings.ETA_RENTED.format(gpu=name), f"$ {cheap:,.0f} - {dear:,.0f}", hours,
-                          strings.ETA_RENTED_WHY, style="dim")
-    return table
+            made.add_row(strings.ETA_RENTED.format(gpu=name), f"$ {cheap:,.0f} - {dear:,.0f}", hours,
+                         strings.ETA_RENTED_WHY, style="dim")
+    return made
 
 
 def remember(stage: str, seconds: float, plan: Plan, run: RunDir, machine: Machine) -> None:

@@ -245,7 +245,11 @@ ETA_RENTED_WHY = "estimate: published time with Unsloth, prices of May 2026; the
 CALIBRATING = "Timing some steps of this plan on your data first (--calibrate no leaves that out)."
 CALIBRATION_FAILED = "The plan could not be timed; the estimate above stands."
 TRIAL_TITLE = "Trial of {steps} steps: {name}"
-TRIAL_SLOW = "No fused kernel serves {ops}: this is not the speed that the plan was made for. {log} says why."
+TRIAL_SLOW = "The fast kernels seem not to be in use. {why} The log is {log}; ./run.sh doctor looks at the machine."
+SLOW_OPS = "No fused kernel serves {ops}; plan.yaml says why of each."
+SLOW_LOG = "The log says: {line}"
+SLOW_SPEED = "{speed:,.0f} tok/s were reached, where {least:,.0f} are the least to expect ({source})."
+SLOW_PEAK = "The peak was {peak:.1f} GiB, where {predicted:.1f} were predicted."
 TRIAL_NEXT = "When you like it, the whole run is:"
 
 

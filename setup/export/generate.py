@@ -22,6 +22,7 @@ def load(folder: Path, device: str, dtype: Any = None) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its advice on faster kernels is for training; in our log it would pose as a cause
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     config = AutoConfig.from_pretrained(folder)
     # A nested text config keeps the dtype of its file and wins over from_pretrained's argument.
