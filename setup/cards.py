@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
     from sparktune.setup.outlook import Outlook  # stands on the pipeline, which shows these cards
 
 __all__ = [
-    "checks_table", "findings_table", "first_and_last_loss", "flaws", "next_steps", "outlook_table", "plan_table",
-    "report_tables", "result_table", "size_of", "table",
+    "checks_table", "findings_table", "first_and_last_loss", "flaws", "next_steps", "outlook_table", "plan_pages",
+    "plan_table", "report_tables", "result_table", "size_of", "table",
 ]
 
 _ALWAYS = ("model", "data", "mode", "engine", "num_epochs", "eval_split", "max_seq_length", "mtp", "gguf", "backend")
-_FIRST = ("results", "output", "backend", "device", "dtype", "save_steps", "eval_steps")
-"""Values that seldom matter stand first: on a small screen the table's end is what is seen."""
+_SELDOM = ("results", "output", "backend", "device", "dtype", "save_steps", "eval_steps")
+"""Values that seldom matter stand first in a table that scrolls: its end is what is seen."""
 _NARROW = 130
 _STATUS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
@@ -153,20 +154,49 @@ def plan_table(plan: Plan, recommendations: Sequence[Recommendation], width: int
         recommendations: the reasons.
         width: columns of the screen; on a narrow one a reason stands under its value.
     """
+    shown = _shown(plan)
+    return _plan_part(plan, recommendations, width, sorted(shown, key=lambda field: field not in _SELDOM), "")
+
+
+def plan_pages(plan: Plan, recommendations: Sequence[Recommendation], width: int, height: int) -> list[Table]:
+    """Returns the same table in as many parts as a screen of `height` rows needs, seldom values last.
+
+    A value whose reason alone is higher than the screen has a part of its own.
+    """
+    console = Console(file=io.StringIO(), width=width)
+    parts: list[list[str]] = [[]]
+    for field in sorted(_shown(plan), key=lambda field: field in _SELDOM):
+        longer = _plan_part(plan, recommendations, width, [*parts[-1], field], strings.PART)
+        if parts[-1] and len(console.render_lines(longer)) > height:
+            parts.append([])
+        parts[-1].append(field)
+    count = len(parts)
+    names = [strings.PART.format(number=n, count=count) for n in range(1, count + 1)] if count > 1 else [""]
+    return [
+        _plan_part(plan, recommendations, width, fields, name) for fields, name in zip(parts, names, strict=True)
+    ]
+
+
+def _shown(plan: Plan) -> list[str]:
+    return [f for f in Plan.model_fields if f in _ALWAYS or (f in plan.origins and plan.origins[f] != "default")]
+
+
+def _plan_part(
+    plan: Plan, recommendations: Sequence[Recommendation], width: int, fields: Sequence[str], part: str
+) -> Table:
     narrow = width < _NARROW
-    made = table(strings.PLAN_TITLE, *(("flag", "value") if narrow else ("flag", "value", "from", "why")))
+    made = table(strings.PLAN_TITLE + part, *(("flag", "value") if narrow else ("flag", "value", "from", "why")))
     made.columns[0].no_wrap = True
+    made.columns[0].min_width = max(len(flag_of(field)) for field in _shown(plan))
     reasons = {r.field: f"{r.reason} [{r.source}]" for r in recommendations}
-    for field in [*_FIRST, *(f for f in Plan.model_fields if f not in _FIRST)]:
-        origin = plan.origins.get(field, "default")
-        if field in _ALWAYS or (origin != "default" and field in plan.origins):
-            value, reason = show_value(getattr(plan, field)), reasons.get(field, "")
-            said = strings.ORIGINS[origin]
-            if narrow:
-                why = f"\n{reason}" if reason else ""
-                made.add_row(flag_of(field), Text.assemble(f"{value}  ({said})", (why, "dim")))
-            else:
-                made.add_row(flag_of(field), escape(value), said, escape(reason))
+    for field in fields:
+        value, reason = show_value(getattr(plan, field)), reasons.get(field, "")
+        said = strings.ORIGINS[plan.origins.get(field, "default")]
+        if narrow:
+            why = f"\n{reason}" if reason else ""
+            made.add_row(flag_of(field), Text.assemble(f"{value}  ({said})", (why, "dim")))
+        else:
+            made.add_row(flag_of(field), escape(value), said, escape(reason))
     return made
 
 

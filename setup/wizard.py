@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from sparktune.setup import strings
 from sparktune.setup.ask import BACK, Asker, Option
-from sparktune.setup.cards import flaws, outlook_table, plan_table, report_tables, show_value
+from sparktune.setup.cards import flaws, outlook_table, plan_pages, report_tables, show_value
 from sparktune.setup.machine.check import Check, failures
 from sparktune.setup.outlook import Outlook
 from sparktune.setup.pipeline import Analysis, StageFailed, decide
@@ -43,6 +43,8 @@ _ANALYSED = (*DATA_FIELDS, "results", "output")
 _WHERE = ("results", "output")
 _REVIEW_REST = 12
 """Rows that the review needs beside its lines."""
+_PLAN_REST = 8
+"""Rows that heading, question and options of the plan's screen take."""
 _MARGIN = 12
 _OPEN = ("default", "saved", "recommendation")
 """Origins of values that a question may still change: nobody has said them in this session."""
@@ -230,16 +232,23 @@ class Wizard:
         return "again"
 
     def _plan_screen(self, back: bool) -> Step:
-        plan = self.plan()
-        self.asker.show(plan_table(plan, self.recommendations, self.asker.width))
-        options: list[Option] = [("next", strings.TAKE_PLAN), ("ask", strings.ASK_ONE_BY_ONE)]
-        picked = self.asker.choose(strings.ASK_PLAN, options, "next", back)
-        if picked == BACK:
-            return "back"
-        if picked == "next":
-            return "next"
-        self._walk(_QUESTIONS)
-        return "again"
+        plan, shown = self.plan(), 0
+        parts = plan_pages(plan, self.recommendations, self.asker.width, self.asker.height - _PLAN_REST)
+        while True:
+            self.asker.show(parts[shown])
+            options: list[Option] = [("next", strings.TAKE_PLAN), ("ask", strings.ASK_ONE_BY_ONE)]
+            after = (shown + 1) % len(parts)
+            options += [("more", strings.PLAN_MORE.format(number=after + 1, count=len(parts)))] if after else []
+            options += [("more", strings.PLAN_FIRST)] if shown and not after else []
+            picked = self.asker.choose(strings.ASK_PLAN, options, "next", back)
+            if picked == BACK:
+                return "back"
+            if picked == "next":
+                return "next"
+            if picked == "ask":
+                self._walk(_QUESTIONS)
+                return "again"
+            shown = after
 
     def _walk(self, names: tuple[str, ...]) -> None:
         """Asks for `names` in order; back goes to the question before, and from the first to the plan."""

@@ -97,6 +97,9 @@ def test_every_screen(terminal: Opener, place: Path, size: tuple[int, int], env:
     for name, question, keys in WALK:
         screen = shown.wait(question)
         fits(screen, size[0])
+        if name == "plan":
+            assert "5/6" in screen, "the whole screen is seen, from its heading on"
+            assert ("The plan (1 of" in screen) == (size[1] == 24)
         coloured = shown.screen(colours=True)
         if env:
             assert not COLOUR.search(coloured), "NO_COLOR"

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prompt_toolkit.data_structures import Size
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
+from rich.text import Text
 
 from sparktune.setup import strings
 from sparktune.setup.ask import PlainAsker, TerminalAsker
+from sparktune.setup.cards import plan_pages, plan_table
 from sparktune.setup.demo import make_model, write_smoke
 from sparktune.setup.machine.doctor import Check
 from sparktune.setup.outlook import outlook
@@ -204,6 +207,47 @@ def test_questions_go_back_one_by_one(
     plan = wizard.run()
     assert (plan.mode, plan.num_epochs) == ("lora", 1.0)
     assert len(analyst.plans) == 1
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (100, 40), (200, 60)])
+def test_a_plan_fits_the_screen_or_is_shown_in_parts(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, columns: int, rows: int
+) -> None:
+    wizard = make({"model": model, "data": data})
+    wizard.analysis = wizard.analyse(wizard.asked())
+    plan = wizard.plan()
+    room = rows - 8
+    parts = plan_pages(plan, wizard.recommendations, columns, room)
+    drawn = ["\n".join(text.plain for text in _lines(part, columns)) for part in parts]
+    assert all(len(text.splitlines()) <= room for text in drawn)
+    assert (len(parts) == 1) == (rows == 60)
+    whole = "\n".join(text.plain for text in _lines(plan_table(plan, wizard.recommendations, columns), columns))
+    flags = [word for word in whole.split() if word.startswith("--")]
+    assert sorted(word for text in drawn for word in text.split() if word.startswith("--")) == sorted(flags)
+    wizard.analysis.discard()
+
+
+def _lines(part: Any, columns: int) -> list[Text]:
+    console = Console(file=io.StringIO(), width=columns)
+    return [Text("".join(segment.text for segment in line)) for line in console.render_lines(part)]
+
+
+def test_all_parts_of_a_plan_can_be_seen_on_a_low_screen(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str
+) -> None:
+    class Low(DummyOutput):
+        def get_size(self) -> Size:
+            return Size(rows=24, columns=80)
+
+    asker = TerminalAsker(keys, Low(), Console(file=(seen := io.StringIO()), width=80))
+    wizard = make({"model": model, "data": data}, asker=asker)
+    more = DOWN * 2 + ENTER
+    keys.send_text(ENTER + PREVIEW + LENGTHS + more + TAKE + RUN)
+    wizard.run()
+    told = seen.getvalue()
+    assert "The plan (1 of " in told
+    assert "The plan (2 of " in told
+    assert "--lora-r" in told
 
 
 def test_given_flags_are_not_asked(make: Callable[..., Wizard], keys: PipeInput, model: str, data: str) -> None:
