@@ -335,3 +335,210 @@ def test_a_state_that_does_not_fit_names_the_entries() -> None:
     del state["exp_avg.table"]
     with pytest.raises(ValueError, match=r"exp_avg\.table is missing; extra is unexpected; master\.table is \[2, 2\]"):
         engine.load_state(state)
+
+
+# -- steps that must not be learned from, and steps that cannot be computed
+
+
+class _Spoil(torch.autograd.Function):
+    """The loss as it is, its gradient infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * math.inf
+
+
+class Poisoned(ToyEngine):
+    """A token 9 spoils the loss, or the gradient, or makes a loss of a hundred, once `after` steps are learned."""
+
+    def __init__(self, how: str = "loss", after: int = 0) -> None:
+        super().__init__()
+        self.how, self.after, self.steps = how, after, 0
+
+    def _sum(self, batch: MicroBatch) -> torch.Tensor:
+        loss = super()._sum(batch)
+        if not (batch.ids == 9).any() or self.steps < self.after:
+            return loss
+        return {"loss": loss * math.nan, "gradient": _Spoil.apply(loss), "spike": loss + 100.0}[self.how]
+
+    def optimiser_step(self, learning_rate: float) -> torch.Tensor:
+        self.steps += 1
+        return super().optimiser_step(learning_rate)
+
+
+def resumed(root: Path, engine: ToyEngine, **values: Any) -> TrainingLoop:
+    newest = cp.newest_valid(root / "toy", print)
+    assert newest is not None
+    engine.load_state(cp.load_engine_state(newest))
+    return make_loop(root, engine=engine, state=cp.load_loop_state(newest), held_out=False, **values)
+
+
+@pytest.mark.parametrize(("how", "what"), [
+    ("loss", "The loss is nan at step 2. It comes from line 3 of rows.jsonl."),
+    ("gradient", "The gradient norm is nan at step 2. 1 of 1 gradients are NaN or infinite: table. "
+                 "It comes from line 3 of rows.jsonl."),
+])
+def test_a_row_that_spoils_a_step_is_named_and_nothing_is_learned_from_it(tmp_path: Path, how: str, what: str) -> None:
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    said: list[str] = []
+    make_loop(tmp_path / "whole", engine=Poisoned(how), held_out=False, say=said.append, on_bad_step="skip"
+              ).run_to_end()
+    assert any(what in text and "The step was skipped" in text for text in said)
+    assert "4 steps were passed over" in said[-1]
+    bad = [r["step"] for r in rows(tmp_path / "whole") if r.get("passed_over") == how]
+    assert bad == [2, 4, 7, 12]  # line 3 comes once an epoch, wherever the epoch's order puts it
+
+    with pytest.raises(SparktuneError) as caught:
+        make_loop(tmp_path / "parts", engine=Poisoned(how), held_out=False).run_to_end()
+    assert what in str(caught.value)
+    assert "checkpoint-1 holds the step before" in str(caught.value)
+    assert "--on-bad-step skip" in str(caught.value)
+    assert caught.value.exit_code == ExitCode.FAILURE
+    resumed(tmp_path / "parts", Poisoned(how), on_bad_step="skip").run_to_end()
+    assert without_clock(tmp_path / "parts") == without_clock(tmp_path / "whole")
+    whole, parts = (load_file(tmp_path / n / "toy" / "adapter" / "adapter_model.safetensors") for n in
+                    ("whole", "parts"))
+    assert torch.equal(whole["table"], parts["table"])
+    assert whole["table"].isfinite().all()
+
+
+def test_a_spike_is_measured_against_the_last_steps(tmp_path: Path) -> None:
+    with pytest.raises(SparktuneError, match=r"The loss jumped to \d+\.\d+, from a median of .* It comes from line 3"):
+        make_loop(tmp_path, engine=Poisoned("spike", after=20), held_out=False, num_epochs=10.0).run_to_end()
+    steps = [r["step"] for r in rows(tmp_path)]
+    assert cp.checkpoints_of(tmp_path / "toy")[0].name == f"checkpoint-{steps[-1]}"
+    engine = Poisoned("spike")
+    resumed(tmp_path, engine, num_epochs=10.0, loss_spike=0.0).run_to_end()  # not looked for
+    assert len(rows(tmp_path)) == 30
+
+
+def test_before_there_is_a_history_nothing_is_a_spike(tmp_path: Path) -> None:
+    make_loop(tmp_path, engine=Poisoned("spike"), held_out=False).run_to_end()
+
+
+def test_rewinding_takes_back_what_was_learned_since_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, said = Poisoned("spike", after=21), list[str]()
+    whole = engine.load_state
+    loaded: list[torch.Tensor] = []
+
+    def load_state(state: Mapping[str, torch.Tensor]) -> None:
+        whole(state)
+        loaded.append(engine.weight.detach().clone())
+
+    monkeypatch.setattr(engine, "load_state", load_state)
+    make_loop(tmp_path, engine=engine, held_out=False, num_epochs=8.0, on_bad_step="rewind", say=said.append,
+              keep_checkpoints=9).run_to_end()
+    told = next(text for text in said if "The weights went back" in text)
+    assert "to those of checkpoint-20, and the rows of steps 21 to" in told
+    assert torch.equal(loaded[0], cp.load_engine_state(tmp_path / "toy" / "checkpoint-20")["master.table"])
+    assert len(rows(tmp_path)) == 24
+
+
+def test_damaged_weights_are_no_rows_fault_and_never_become_a_checkpoint(tmp_path: Path) -> None:
+    class Broken(ToyEngine):
+        steps = 0
+
+        def optimiser_step(self, learning_rate: float) -> torch.Tensor:
+            norm = super().optimiser_step(learning_rate)
+            self.steps += 1
+            if self.steps == 7:
+                with torch.no_grad():
+                    self.weight[2] = math.inf
+            return norm
+
+    for policy, name in (("skip", "a"), ("rewind", "b")):
+        (tmp_path / name).mkdir()
+        loop = make_loop(tmp_path / name, engine=Broken(), held_out=False, on_bad_step=policy)
+        if policy == "skip":
+            with pytest.raises(SparktuneError, match=r"the weights are damaged.*checkpoint-5 is still good"):
+                loop.run_to_end()
+        else:
+            loop.run_to_end()
+            result = load_file(tmp_path / name / "toy" / "adapter" / "adapter_model.safetensors")["table"]
+            assert result.isfinite().all()
+    (tmp_path / "c").mkdir()
+    with pytest.raises(SparktuneError, match=r"After step 7 1 tensors hold NaN or infinity: master.table. No"):
+        make_loop(tmp_path / "c", engine=Broken(), held_out=False, save_steps=7).run_to_end()
+    assert not cp.checkpoints_of(tmp_path / "c" / "toy")
+
+
+def test_a_micro_batch_without_a_target_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SparktuneError, match=r"1 of 2 micro-batches have no supervised token at step 1\. It comes from "
+                                             r"line 2 of"):
+        make_loop(tmp_path, train=ToyBatches(DOCUMENTS, supervised_from=2), held_out=False).run_to_end()
+
+
+def test_ten_bad_steps_in_a_row_stop_a_run_that_skips(tmp_path: Path) -> None:
+    everywhere = ToyBatches([[9, 1, 2]] * 5)
+    said: list[str] = []
+    with pytest.raises(SparktuneError, match="The loss is nan at step 11"):
+        make_loop(tmp_path, engine=Poisoned(), train=everywhere, held_out=False, on_bad_step="skip", num_epochs=9.0,
+                  say=said.append).run_to_end()
+    assert sum("was skipped" in text for text in said) == 10
+
+
+def test_a_stop_that_cannot_wait_gives_the_step_up(tmp_path: Path) -> None:
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    make_loop(tmp_path / "whole", held_out=False).run_to_end()
+
+    class Urgent(ToyBatches):
+        def micro_batch(self, epoch: int, index: int) -> MicroBatch:
+            if loop.state.step == 6:
+                loop.stop.urgent = loop.stop.requested = True
+                loop.stop.why = "because memory is short"
+            return super().micro_batch(epoch, index)
+
+    loop = make_loop(tmp_path / "parts", train=Urgent(DOCUMENTS), held_out=False)
+    with pytest.raises(StoppedResumable, match=r"Stopped after step 6 of 12, because memory is short\. Go on with"):
+        loop.run_to_end()
+    resumed(tmp_path / "parts", ToyEngine()).run_to_end()
+    assert without_clock(tmp_path / "parts") == without_clock(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")])
+def test_out_of_memory_is_answered_once_with_the_next_policy(tmp_path: Path, error: Exception) -> None:
+    class Full(ToyEngine):
+        """Has no room in the middle of step 4, until less is kept."""
+
+        steps, policy = 0, "none"
+
+        def _sum(self, batch: MicroBatch) -> torch.Tensor:
+            if self.steps == 3 and self.policy == "none" and self.weight.grad is not None:
+                raise error
+            return super()._sum(batch)
+
+        def optimiser_step(self, learning_rate: float) -> torch.Tensor:
+            self.steps += 1
+            return super().optimiser_step(learning_rate)
+
+        def recompute_more(self) -> str | None:
+            self.drop_gradients()
+            self.policy = "norms"
+            return self.policy
+
+    for name in ("whole", "full", "hopeless"):
+        (tmp_path / name).mkdir()
+    make_loop(tmp_path / "whole", held_out=False, recompute="none").run_to_end()
+    said: list[str] = []
+    make_loop(tmp_path / "full", engine=Full(), held_out=False, say=said.append, recompute="none").run_to_end()
+    assert without_clock(tmp_path / "full") == without_clock(tmp_path / "whole")
+    told = next(text for text in said if "out of memory" in text)
+    assert f"out of memory at step 4 with recompute none ({error}). The step is done again, once, with" in told
+    assert "recompute: norms" in (tmp_path / "full" / "toy" / "plan.yaml").read_text()
+
+    class Hopeless(Full):
+        def recompute_more(self) -> str | None:
+            self.drop_gradients()
+            return "norms"  # and keeps as much as before
+
+    with pytest.raises(type(error)):
+        make_loop(tmp_path / "hopeless", engine=Hopeless(), held_out=False, recompute="none").run_to_end()
