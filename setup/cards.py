@@ -33,7 +33,10 @@ __all__ = [
     "plan_table", "report_tables", "result_table", "size_of", "table",
 ]
 
-_ALWAYS = ("model", "data", "mode", "engine", "num_epochs", "eval_split", "max_seq_length", "mtp", "gguf", "backend")
+_ALWAYS = (
+    "model", "data", "mode", "engine", "num_epochs", "eval_split", "max_seq_length", "recompute", "mtp", "gguf",
+    "backend",
+)
 _SELDOM = ("results", "output", "backend", "device", "dtype", "save_steps", "eval_steps")
 """Values that seldom matter stand first in a table that scrolls: its end is what is seen."""
 _NARROW = 130

@@ -8,7 +8,7 @@ from typing import Any
 from sparktune.setup.plan.basestorage import base_storage
 from sparktune.setup.plan.engines import choose_engine
 from sparktune.setup.plan.flags import flag_of
-from sparktune.setup.plan.memory import PeakEstimate, longest_row_tokens, predict_peak
+from sparktune.setup.plan.memory import PeakEstimate, cheapest_policy, longest_row_tokens, predict_peak
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan, Recommendation
 
 __all__ = ["apply", "planned_steps", "recommend"]
@@ -34,7 +34,8 @@ def recommend(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machi
     """Proposes a value for every open field: those still at their default that are `auto` or empty.
 
     The list is in the order the values depend on one another; each is found with the earlier ones in place. What the
-    user, an environment variable, a config or a saved answer set is never touched.
+    user, an environment variable, a config or a saved answer set is never touched. A value that stays as the schema has
+    it comes with its reason too.
 
     Args:
         plan: the plan so far, with `origins`.
@@ -46,7 +47,7 @@ def recommend(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machi
 
     def propose(field: str, value: Any, reason: str, source: str) -> None:
         nonlocal plan
-        if _is_open(plan, field) and getattr(plan, field) != value:
+        if _is_open(plan, field):
             found.append(Recommendation(field=field, value=value, reason=reason, source=source))
             plan = plan.model_copy(update={field: value})
 
@@ -65,14 +66,15 @@ def recommend(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machi
     propose("save_steps", tenth, f"a tenth of the run's {steps} steps: a crash costs at most that", _HOUSE)
     if report.eval_examples:
         propose("eval_steps", tenth, f"ten evaluations over the run's {steps} steps, each before a checkpoint", _HOUSE)
-    for item in _mtp(plan, spec, report, machine):
-        propose(*item)
+    for step in (_epochs, _held_out, _longest, _recompute, _mtp):
+        for item in step(plan, spec, report, machine):
+            propose(*item)
     return found
 
 
 def apply(plan: Plan, recommendations: list[Recommendation]) -> Plan:
-    """Returns the plan with the recommended values in it and `recommendation` as their origin."""
-    values = {r.field: r.value for r in recommendations}
+    """Returns the plan with the recommended values in it and `recommendation` as the origin of those that are new."""
+    values = {r.field: r.value for r in recommendations if getattr(plan, r.field) != r.value}
     origins = {**plan.origins, **dict.fromkeys(values, "recommendation")}
     return Plan.model_validate({**plan.model_dump(), **values, "origins": origins})
 
@@ -222,6 +224,9 @@ def _pack_length(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Ma
     if not plan.pack:
         return []
     lengths = report.lengths
+    if plan.engine == "unsloth":
+        reason = f"Unsloth: near the mean of {lengths.mean:.0f} tokens, a multiple of {_ROUND}"
+        return [("pack_length", min(_up(lengths.mean), plan.max_seq_length), reason, _RECIPE)]
     floor = _up(max(lengths.mean, lengths.p90))
     # Below this a forward pass is bound by reading the weights, not by arithmetic.
     target = 4096 if plan.device == "cuda" else 1024
@@ -290,7 +295,38 @@ def _accumulation(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: M
     return [("gradient_accumulation", value, reason, _RECIPE)]
 
 
+def _epochs(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
+    if plan.max_steps is not None:
+        return []
+    reason = "three passes; where the evaluation loss rises before, --early-stopping ends the run"
+    return [("num_epochs", plan.num_epochs, reason, _RECIPE)]
+
+
+def _held_out(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
+    if plan.eval_data is not None:
+        return []
+    count = report.eval_examples
+    reason = f"{count:,} of {report.kept:,} examples are held out: they show overfitting, and training loses little"
+    return [("eval_split", plan.eval_split, reason, _HOUSE)]
+
+
+def _longest(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
+    over = report.dropped.get("over_length", 0) + report.truncated
+    reason = f"{over:,} examples are longer" if over else f"the longest example has {report.lengths.max:,} tokens"
+    return [("max_seq_length", plan.max_seq_length, reason, "the data's report")]
+
+
+def _recompute(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
+    peak = cheapest_policy(plan, spec, report, machine)[0]
+    reason = (
+        f"training takes the first of none, norms, layer and all that fits: {peak.recompute}, with "
+        f"{peak.total_gib:.1f} of {machine.memory_gib:.0f} GiB"
+    )
+    return [("recompute", plan.recompute, reason, "memory estimate (setup/plan/memory.py)")]
+
+
 def _mtp(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
     if plan.mtp != "skip" and (spec.model_type != "qwen3_5_text" or (spec.mtp_layers == 0 and not plan.mtp_head)):
         return [("mtp", "skip", f"{flag_of('model')} {plan.model} declares no MTP head to carry over", _HOUSE)]
-    return []
+    reason = "the base's own head drafts for the tuned model too, at no cost; --mtp trained may draft better"
+    return [("mtp", plan.mtp, reason, _HOUSE)] if plan.mtp == "default" else []

@@ -134,14 +134,27 @@ def test_every_recommendation_says_why_and_whence_and_apply_records_it() -> None
     plan = apply(Plan(origins={"model": "flag"}), recommendations)
     for r in recommendations:
         assert getattr(plan, r.field) == r.value
-        assert plan.origins[r.field] == "recommendation"
+        kept = r.value == Plan.model_fields[r.field].get_default()
+        assert plan.origins.get(r.field) == (None if kept else "recommendation")
+    explained = {"mode", "lora_r", "learning_rate", "num_epochs", "gradient_accumulation", "pack_length", "recompute",
+                 "max_seq_length", "eval_split", "mtp"}
+    assert explained <= {r.field for r in recommendations}
     assert plan.origins["model"] == "flag"
     assert "auto" not in (plan.mode, plan.engine, plan.dtype, plan.device)
 
 
 def test_a_second_pass_over_an_applied_plan_changes_nothing() -> None:
     plan = apply(Plan(), recommend(Plan(), _spec(), _report(24_315), GB10))
-    assert recommend(plan, _spec(), _report(24_315), GB10) == []
+    again = recommend(plan, _spec(), _report(24_315), GB10)
+    assert apply(plan, again) == plan
+    assert all(plan.origins.get(r.field, "default") == "default" for r in again), "a reason for what was kept"
+
+
+def test_unsloth_packs_near_the_mean() -> None:
+    plan = Plan(engine="unsloth", origins={"engine": "flag"})
+    assert _values(plan, _spec(), _report(24_315), GB10)["pack_length"] % 128 == 0
+    mean = _report(24_315).lengths.mean
+    assert 0 <= _values(plan, _spec(), _report(24_315), GB10)["pack_length"] - mean < 128
 
 
 def test_other_cases() -> None:
