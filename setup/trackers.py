@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from sparktune.setup import strings
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
+from sparktune.setup.plan.untrusted import without_credentials
 
 __all__ = ["Tracking", "open_tracking"]
 
@@ -102,6 +103,11 @@ class _Trackio:
 _KINDS: dict[str, Callable[[Plan, RunDir], _Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
 
 
+def _lost(name: str, error: Exception) -> str:
+    """Returns the sentence; a library's error may quote an address with a password in it."""
+    return strings.TRACKER_LOST.format(name=name, why=without_credentials(f"{type(error).__name__}: {error}"))
+
+
 class Tracking:
     """Sends a training's events to the tracker; the first failure is told and ends the tracking, not the training.
 
@@ -134,7 +140,7 @@ class Tracking:
                 work(self._tracker)
         except Exception as error:  # a library of others, often over a network: anything may come
             self._tracker = None
-            self._say(strings.TRACKER_LOST.format(name=self._name, why=f"{type(error).__name__}: {error}"), "warning")
+            self._say(_lost(self._name, error), "warning")
 
 
 def open_tracking(plan: Plan, run: RunDir, say: Callable[[str, str], None], stage: str = "train") -> Tracking:
@@ -148,6 +154,6 @@ def open_tracking(plan: Plan, run: RunDir, say: Callable[[str, str], None], stag
         with redirect_stdout(sys.stderr):  # they greet on standard output, which carries data only
             return Tracking(_KINDS[plan.tracker](plan, run), plan.tracker, say)
     except Exception as error:  # see Tracking._guarded
-        say(strings.TRACKER_LOST.format(name=plan.tracker, why=f"{type(error).__name__}: {error}"), "warning")
+        say(_lost(plan.tracker, error), "warning")
         return Tracking(None, plan.tracker, say)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from sparktune.setup.plan.untrusted import printable
+from sparktune.setup.plan.untrusted import printable, without_credentials
 
 __all__ = [
     "DataError",
@@ -36,8 +36,8 @@ class SparktuneError(Exception):
     exit_code: ExitCode = ExitCode.FAILURE
 
     def __str__(self) -> str:
-        """Returns the text without escape codes: it may quote a name or a value that came from elsewhere."""
-        return printable(super().__str__())
+        """Returns the text without escape codes and passwords in URLs: it may quote what came from elsewhere."""
+        return without_credentials(printable(super().__str__()))
 
 
 class UsageError(SparktuneError):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["excerpt", "is_figure", "json_object", "json_object_file", "json_rows", "printable", "whole_number"]
+__all__ = [
+    "excerpt", "is_figure", "json_object", "json_object_file", "json_rows", "printable", "whole_number",
+    "without_credentials",
+]
 
 _LARGEST = 2**63 - 1
 _EXCERPT = 120
+_CREDENTIALS = re.compile(r"://[^/@\s]+@")
 _FIGURES = (
     "step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tok_per_s", "peak_gib", "seconds",
 )
@@ -89,6 +94,11 @@ def printable(text: str) -> str:
         c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
         for c in text
     )
+
+
+def without_credentials(text: str) -> str:
+    """Returns `text` with the user's part of every URL (`https://user:token@host`) left out."""
+    return _CREDENTIALS.sub("://***@", text)
 
 
 def excerpt(value: Any) -> str:

@@ -17,7 +17,7 @@ from sparktune.setup.data.read import Row, parse_row
 from sparktune.setup.plan.config import load_plan, resolve, save_plan
 from sparktune.setup.plan.errors import SparktuneError
 from sparktune.setup.plan.schema import Plan
-from sparktune.setup.plan.untrusted import excerpt, json_object, json_rows, printable
+from sparktune.setup.plan.untrusted import excerpt, json_object, json_rows, printable, without_credentials
 from sparktune.setup.plan.weights import safetensors_header
 from sparktune.setup.terminal import Terminal, json_text
 
@@ -56,7 +56,7 @@ def test_what_is_shown_holds_no_control_character(text: str) -> None:
     assert all(c.isprintable() or c in "\n\t" for c in shown)
     assert printable(shown) == shown
     assert excerpt(text).isprintable()
-    assert str(SparktuneError(text)) == shown
+    assert str(SparktuneError(text)) == without_credentials(shown)
     assert json.loads(json_text({"a": text})) == {"a": text}
     assert all(c.isprintable() or c == "\n" for c in json_text({"a": text}))
 
