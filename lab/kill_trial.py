@@ -235,7 +235,7 @@ def _resume(world: World, trial: Trial, stage: str, session: Session, outcome: O
         outcome.wrong.append(f"left over after the end: {', '.join(left[:5])}")
 
 
-def _until(condition: Callable[[], bool], pause_s: float = 0.002, patience_s: float = 120.0) -> None:
+def _until(condition: Callable[[], bool], pause_s: float = 0.002, patience_s: float = 600.0) -> None:
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:

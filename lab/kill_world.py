@@ -25,7 +25,7 @@ from sparktune.setup.plan.rundir import cache_dir
 __all__ = ["NAME", "Session", "World", "alive", "hashes", "kill_group", "make_world"]
 
 NAME = "one"
-PATIENCE_S = 180.0
+PATIENCE_S = 1200.0
 _ROWS = 24
 _COMMON = {
     "--backend": "local", "--engine": "native", "--mode": "lora", "--name": NAME, "--max-steps": "6",
@@ -97,7 +97,8 @@ def make_world(folder: Path, *, size: str = "whole", by_exec: bool = False) -> W
         place.mkdir()
         session = Session(world, place, snapshots=place is second)
         code = session.run(world.arguments())
-        if code:
+        if code != 0:
+            session.end_all()
             raise RuntimeError(f"the uninterrupted run failed with {code}:\n{session.said()[-3000:]}")
     state = json.loads((second / "results" / NAME / "state.json").read_text())["stages"]
     world.seconds = {stage: float(entry["seconds"]) for stage, entry in state.items()}
