@@ -30,6 +30,7 @@ from sparktune.setup.machine.docker_backend import DockerBackend, ImageOptions
 from sparktune.setup.machine.doctor import machine_checks, run_checks
 from sparktune.setup.plan.config import load_plan, save_plan
 from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
+from sparktune.setup.plan.exports import check_evaluation
 from sparktune.setup.plan.memory import check_fits
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.outfolder import remove_unfinished
@@ -312,6 +313,7 @@ def resume_pipeline(
             remove_unfinished(run.root, run.merged, run.mtp("trained"), run.mtp("default"), run.gguf)
             if changes:
                 plan = Plan.model_validate({**plan.model_dump(), **changes})
+                check_evaluation(plan, run.results_root)  # before the plan keeps what no resume could do
                 save_plan(plan, run.plan)
             _run_stages(plan, run, lock, display, stop, only, image)
         show_result(plan, run, json_out)

@@ -26,7 +26,7 @@ from sparktune.setup.export.scores import ALARM, Scores, alarms, judge_answers, 
 from sparktune.setup.export.sources import Asked, Questions, Source, gguf_answer, model_answers, sources_of
 from sparktune.setup.export.stage import Stage, run_stage
 from sparktune.setup.plan.errors import PreflightError
-from sparktune.setup.plan.exports import check_validator
+from sparktune.setup.plan.exports import check_evaluation
 from sparktune.setup.plan.models import probe, resolve_model_dir
 from sparktune.setup.plan.outfolder import write_durably
 from sparktune.setup.plan.rundir import RunDir
@@ -183,7 +183,7 @@ def evaluate_run(stage: Stage) -> None:
     plan, run, events = stage.plan, stage.run, stage.events
     if not run.merged.is_dir():
         raise PreflightError(f"{run.merged} should hold the merged model; there is none. Run the merge first.")
-    check_validator(plan)
+    check_evaluation(plan.model_copy(update={"backend": "local"}), run.results_root)  # here is where it runs
     tokenizer = load_tokenizer(str(run.merged))
     questions = _questions(stage, tokenizer)
     rows: list[dict[str, Any]] = []

@@ -15,8 +15,8 @@ from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.setup.plan.weights import safetensors_header, safetensors_index
 
 __all__ = [
-    "BYTES_PER_WEIGHT", "CONVERTER_TYPES", "GGUF_TYPES", "baseline_run", "check_exports", "check_gguf_types",
-    "check_validator", "needs_quantiser", "written_types",
+    "BYTES_PER_WEIGHT", "CONVERTER_TYPES", "GGUF_TYPES", "baseline_run", "check_evaluation",
+    "check_exports", "check_gguf_types", "needs_quantiser", "written_types",
 ]
 
 CONVERTER_TYPES = ("bf16", "f16", "f32", "q8_0")
@@ -119,15 +119,23 @@ def baseline_run(baseline: str, results_root: Path) -> RunDir:
                      "runs lists them.")
 
 
-def check_validator(plan: Plan) -> None:
-    """Refuses a --validator that is no program where this runs.
+def check_evaluation(plan: Plan, results_root: Path) -> None:
+    """Refuses an evaluation against a run that is not there, or by a judge that is no program here.
+
+    With --backend docker the judge may be a program of the image: there, the stage finds out.
+
+    Args:
+        plan: what is asked for.
+        results_root: where the runs are.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: says what is missing.
     """
-    if plan.validator and shutil.which(plan.validator[0]) is None:
+    if plan.baseline is not None:
+        baseline_run(plan.baseline, results_root)
+    if plan.validator and plan.backend != "docker" and shutil.which(plan.validator[0]) is None:
         raise UsageError(f"--validator {plan.validator[0]!r} is no program here. Give its path, with its arguments "
-                         "after it.")
+                         "after it; a program of the image alone needs --backend docker.")
 
 
 def check_exports(plan: Plan, spec: ModelSpec | None = None) -> None:
@@ -143,8 +151,6 @@ def check_exports(plan: Plan, spec: ModelSpec | None = None) -> None:
     """
     check_gguf_types(plan.gguf)
     _check_head(plan, spec)
-    if plan.baseline is not None:
-        baseline_run(plan.baseline, plan.results)
+    check_evaluation(plan, plan.results)
     if plan.backend == "local":
         _check_compiler(plan.gguf)
-        check_validator(plan)

@@ -235,6 +235,17 @@ def test_a_failed_analysis_leaves_no_run(plan: Plan, backend: ScriptedBackend) -
     assert not plan.results.exists()
 
 
+def test_a_refused_evaluation_leaves_the_plan_as_it_was(plan: Plan, backend: ScriptedBackend) -> None:
+    assert run(plan)[0] == 0
+    kept = (plan.results / "one" / "plan.yaml").read_bytes()
+    for changes, words in (({"baseline": "nope"}, "--baseline nope should name a run"),
+                           ({"validator": ["/no/such"]}, "--validator '/no/such' is no program here")):
+        code, said = resume(plan, only="evaluate", changes=changes)
+        assert (code, words in said) == (2, True), said
+        assert (plan.results / "one" / "plan.yaml").read_bytes() == kept, "or a resume would fail for the same reason"
+    assert resume(plan)[0] == 0
+
+
 def test_resume_skips_what_is_unchanged_and_repeats_what_is_not(plan: Plan, backend: ScriptedBackend) -> None:
     run(plan)
     before = len(backend.calls())
