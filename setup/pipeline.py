@@ -122,6 +122,8 @@ def _remove_pending(folder: Path) -> None:
 def _sweep(results: Path) -> None:
     """Removes unnamed folders that killed processes left; a live one holds its lock."""
     for folder in results.glob(_PENDING + "*"):
+        if folder.is_symlink():  # none of ours; what it leads to is not to be touched
+            continue
         try:
             RunLock(RunDir.from_root(folder, results)).close()
         except PreflightError:
