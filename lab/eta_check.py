@@ -223,7 +223,8 @@ class Bench:
         row: dict[str, Any] = {
             "machine": machine.gpu_name or machine.cpu_name, "device": plan.device, "threads": self._options.threads,
             "torch": importlib.metadata.version("torch"), "commit": os.environ.get("LAB_COMMIT", ""),
-            "case": case.name, "model_parameters": self._spec.parameters, "mode": plan.mode, "steps": plan.max_steps,
+            "load": f"{os.getloadavg()[0]:.1f}", "case": case.name,
+            "model_parameters": self._spec.parameters, "mode": plan.mode, "steps": plan.max_steps,
             "tokens_a_document": round(report.lengths.mean, 1), "true_s": round(true_s, 2),
             "rehearsal_s": round(rehearsal_s, 2),
         }
