@@ -46,7 +46,7 @@ def fit_for_a_screen(text: str) -> bool:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "tiny"
-    make_model(folder, hidden=64, vocab_size=600)
+    make_model(folder, vocab_size=512)
     return folder
 
 
