@@ -305,9 +305,10 @@ def _expand(layer: dict[str, Any], origin: Origin) -> None:
         for field, value in (("engine", engine), ("mode", mode)):
             given = layer.get(field, "auto")
             if given not in ("auto", value):
+                seen = excerpt(given).strip("'")
                 raise UsageError(
                     f"{_spelled(name, origin)} means {flag_of(field)} {value}, "
-                    f"but {flag_of(field)} {excerpt(given)} was given too. Drop one of them."
+                    f"but {flag_of(field)} {seen} was given too. Drop one of them."
                 )
             layer[field] = value
 
