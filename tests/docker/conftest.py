@@ -187,11 +187,14 @@ def _unmount(folder: Path) -> None:
 
 
 def _programs(folder: Path) -> list[int]:
-    """Returns the process ids of the engine in `folder`: dockerd, containerd and that one's shims."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    split = [line.strip().partition(" ") for line in listed.splitlines()]
-    return [int(pid) for pid, _, said in split
-            if f"{folder}/exec" in said and re.match(r"\S*/(dockerd|containerd)", said)]
+    """Returns the process ids of the engine in `folder`: dockerd, containerd, its shims and what they run."""
+    # -ww: a variable COLUMNS would cut the lines, pipe or not
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    split = [line.split(None, 2) for line in listed.splitlines()]
+    engine = {pid for pid, _, said in split
+              if f"{folder}/exec" in said and re.match(r"\S*/(dockerd|containerd)", said)}
+    # the first process of a container outlives its shim; what it started goes with it
+    return [int(pid) for pid, parent, said in split if pid in engine or parent in engine]
 
 
 def _clear_abandoned() -> None:
@@ -356,7 +359,7 @@ class Checkout:
     @staticmethod
     def standing() -> list[str]:
         """Returns the processes of a build that stands still, as `ps` lists them."""
-        found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        found = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
         return [line for line in found.splitlines() if "sleep 301" in line and "pytest" not in line]
 
 
