@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -56,6 +57,8 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if self.count == 1 and self._on_first:
             self._on_first()
 
@@ -67,6 +70,16 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Lets standard streams end in nothing where they led to a terminal, which is gone: writing to it would fail."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        # a terminal that was closed is still a device, and no terminal any more
+        if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+            os.dup2(nothing, stream)
+    os.close(nothing)
 
 
 class Backend(Protocol):
