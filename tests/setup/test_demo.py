@@ -314,7 +314,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def run(codes: list[int], answers: list, json_out: bool = False) -> tuple[int, _Pipeline, str]:
         pipeline, text = _Pipeline(codes, answers), io.StringIO()
         monkeypatch.setattr(demo, "run_pipeline", pipeline)
-        monkeypatch.setattr(demo, "_model", lambda folder: folder / "model")
+        monkeypatch.setattr(demo, "_model", lambda folder, backend: folder / "model")
         plan = resolve({"results": tmp_path / "results", "output": tmp_path / "output"}, {}, {}, {})
         console = Console(file=text, width=300)
         code = run_demo(plan, console=console, plain=True, json_out=json_out, folder=tmp_path / "demo")
