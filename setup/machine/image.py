@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
 import re
+import tarfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from sparktune.setup.machine.engine import alive, network_for_downloads
+from sparktune.setup.machine.engine import alive, create_container, network_for_downloads
 from sparktune.setup.machine.image_build import BuildFailed, BuildRequest, Cancelled, build
 from sparktune.setup.machine.image_checks import check_build_host
 from sparktune.setup.plan.errors import PreflightError, UsageError
@@ -313,13 +315,29 @@ def ensure_image(
 
 
 def save_records(client: Any, tag: str, log: Path) -> None:
-    """Saves the bill of materials and `pip freeze` of an image beside its build log."""
-    for source, suffix in (("sbom.json", ".sbom.json"), ("freeze.txt", ".freeze.txt")):
-        text = client.containers.run(
-            tag, ["cat", f"/opt/sparktune-build/{source}"], remove=True, network_mode="none",
-            labels={"org.sparktune.role": "records"}, name=f"sparktune-records-{os.getpid()}-{time.monotonic_ns()}",
-        )
-        log.with_suffix(suffix).write_bytes(text)
+    """Saves the bill of materials and `pip freeze` of an image beside its build log.
+
+    They are copied out of a container that never starts: what one prints goes through the engine's log, whose reader
+    can drop or repeat the last lines of a container that has just ended.
+    """
+    container = create_container(
+        client, image=tag, command=["true"], network_mode="none", labels={"org.sparktune.role": "records"},
+        name=f"sparktune-records-{os.getpid()}-{time.monotonic_ns()}",
+    )
+    try:
+        for source, suffix in (("sbom.json", ".sbom.json"), ("freeze.txt", ".freeze.txt")):
+            log.with_suffix(suffix).write_bytes(_file_of(container, f"/opt/sparktune-build/{source}"))
+    finally:
+        container.remove(force=True)
+
+
+def _file_of(container: Any, path: str) -> bytes:
+    """Returns the content of a file in a container."""
+    chunks, _ = container.get_archive(path)
+    with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
+        file = archive.extractfile(archive.next() or path)
+        assert file is not None, f"{path} is a file"
+        return file.read()
 
 
 def remove_images(client: Any, tags: list[str]) -> list[str]:
