@@ -13,7 +13,6 @@ import csv
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sparktune.lab.data_corpus import Corpus, write_corpus
+from sparktune.lab.table import commit_name, processor_name
 from sparktune.setup.data.tokenise import prepare
 from sparktune.setup.data.workers import usable_cores
 from sparktune.setup.demo_tokenizer import train_tokenizer, write_tokenizer
@@ -85,23 +85,6 @@ def measure(data: Path, tokenizer: Path, workers: int | None, **fields: Any) -> 
     return listener.cost, report
 
 
-def _machine() -> str:
-    model = ""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        model = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), "")
-    return f"{model or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-
-
-def _commit() -> str:
-    if os.environ.get("LAB_COMMIT"):
-        return os.environ["LAB_COMMIT"]
-    root = Path(__file__).resolve().parents[1]
-    argv = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Makes the corpus and the tokenizer where they are not there yet, measures, prints, and appends a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,8 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     wall_s = time.monotonic() - started
     print(cost)
     row = {
-        "machine": _machine(), "python": platform.python_version(), "tokenizers": version("tokenizers"),
-        "transformers": version("transformers"), "rensa": version("rensa"), "commit": _commit(),
+        "machine": processor_name(), "python": platform.python_version(), "tokenizers": version("tokenizers"),
+        "transformers": version("transformers"), "rensa": version("rensa"), "commit": commit_name(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "command": f"data_bench --rows {options.rows} --tokens-per-row {options.tokens_per_row} "
                    f"--size-gb {options.size_gb:g} --workers {workers}",

@@ -9,7 +9,6 @@ process (resident memory) and, where it used one, of the GPU.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.metadata
 import json
 import os
@@ -21,6 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sparktune.lab.table import append_rows
 
 __all__ = ["SHAPES", "main", "make_base"]
 
@@ -111,19 +112,6 @@ def _machine() -> dict[str, str]:
             "torch": importlib.metadata.version("torch"), "transformers": importlib.metadata.version("transformers")}
 
 
-def _append(path: Path | None, row: dict[str, Any]) -> None:
-    """Appends a row as soon as there is one: a bench that is cut short keeps what it measured."""
-    if path is None:
-        return
-    new = not path.is_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the steps, prints each row, appends them. Returns 0 when every step ended well."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -147,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             size = sum(f.stat().st_size for f in (work / f"{name.split()[-1]}-gguf").glob("*.gguf"))
             row["gb_written"] = round((size or sum(f.stat().st_size for f in merged.glob("*.safetensors"))) / 1e9, 3)
             print(json.dumps(row), flush=True)
-            _append(args.out, row)
+            if args.out is not None:
+                append_rows(args.out, [row])  # at once: a bench that is cut short keeps what it measured
             if row["exit_code"]:
                 print("\n".join(log.read_text("utf-8", "replace").splitlines()[-15:]), file=sys.stderr)
                 return 1

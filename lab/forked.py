@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["FileOperations", "ForkedProcess", "ForkingSubprocess", "fork_call", "preload"]
+__all__ = ["FileOperations", "ForkedProcess", "ForkingSubprocess", "fork_call", "preload", "watch_files"]
 
 _PRELOADED = (
     "numpy", "torch", "torch.utils.tensorboard", "safetensors.torch", "transformers", "jinja2", "yaml", "rich.console",
@@ -42,6 +42,37 @@ def preload() -> None:
     importlib.import_module("torch").set_num_threads(1)  # threads do not survive a fork
 
 
+def watch_files(root: str, changes: frozenset[str], note: Callable[[str], None]) -> None:
+    """Tells every operation on files of this process and its forks before it happens; it cannot be taken back.
+
+    Args:
+        root: paths that begin so count, and every fsync.
+        changes: audited events that count, beside opens for writing.
+        note: hears the path, or that it is an fsync; what it raises, the operation raises.
+    """
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if not writes and not (isinstance(mode, str) and set(mode) & set("wax+")):
+                return
+        elif event in changes:
+            path = arguments[0]
+        else:
+            return
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(root):
+            note(os.fspath(path))
+
+    fsync = os.fsync
+
+    def noted(handle: Any) -> None:
+        note("an fsync")
+        fsync(handle)
+
+    os.fsync = noted
+    sys.addaudithook(audit)
+
+
 class FileOperations:
     """Counts what a process and its forks do to files below a folder, and may end the group before one of them.
 
@@ -57,29 +88,9 @@ class FileOperations:
 
     def install(self) -> None:
         """Watches this process from now on; it cannot be taken back."""
-        sys.addaudithook(self._audit)
-        fsync = os.fsync
+        watch_files(self._root, _CHANGES, self._count)
 
-        def counted(handle: Any) -> None:
-            self._count()
-            fsync(handle)
-
-        os.fsync = counted
-
-    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, mode, flags = arguments
-            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if not writes and not (isinstance(mode, str) and set(mode) & set("wax+")):
-                return
-        elif event in _CHANGES:
-            path = arguments[0]
-        else:
-            return
-        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(self._root):
-            self._count()
-
-    def _count(self) -> None:
+    def _count(self, what: str) -> None:
         self._seen += 1
         if self._seen == self._fatal:
             os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -8,7 +8,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sparktune.lab.table import append_rows
+from sparktune.lab.table import append_rows, commit_name
 
 __all__ = [
     "StepTimes", "append_row", "command_row", "device_ms", "machine_row", "measure_steps", "profile_step", "steps_row",
@@ -145,17 +144,15 @@ def _replay_ms(body: Callable[[], object], repeats: int, replays: int) -> float:
 def machine_row() -> dict[str, str]:
     """Returns what a row must say about where it was measured.
 
-    LAB_SITTING names the sitting; LAB_COMMIT the commit, where the files lie in another repository or in none. Both may
-    be unset.
+    LAB_SITTING names the sitting and may be unset; of the commit, see `commit_name`.
     """
     import transformers
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__,
-        "commit": os.environ.get("LAB_COMMIT") or commit.stdout.strip() or "unknown",
+        "commit": commit_name(),
         "date": time.strftime("%Y-%m-%d %H:%M"), "sitting": os.environ.get("LAB_SITTING", ""),
     }
 

@@ -12,7 +12,6 @@ do, the head's own cost included: every draft right, and none.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch
 from sparktune.kernels.select import reference_ops, select_ops
 from sparktune.lab.measure import machine_row
 from sparktune.lab.shapes import SIZES, make_model, text_config
+from sparktune.lab.table import append_rows
 from sparktune.mtp.acceptance import Answer
 from sparktune.mtp.head import MtpHead
 from sparktune.mtp.losses import LossKind
@@ -262,14 +262,8 @@ _COLUMNS = ("gpu", "torch", "triton", "transformers", "commit", "date", "size", 
 def append(path: Path, size: str, row: dict[str, Any]) -> None:
     """Prints a row and appends it to the CSV."""
     print({k: v for k, v in row.items() if v is not None}, flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=_COLUMNS)
-        if new:
-            writer.writeheader()
-        known = {**machine_row(), "size": size, **row}
-        writer.writerow({column: known.get(column) for column in _COLUMNS})
+    known = {**machine_row(), "size": size, **row}
+    append_rows(path, [{column: known.get(column) for column in _COLUMNS}])
 
 
 def main(argv: list[str] | None = None) -> int:

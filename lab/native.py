@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,20 @@ from sparktune.setup.plan.schema import Plan
 from sparktune.training.batch import IGNORE_INDEX, MicroBatch
 from sparktune.training.native_engine import NativeEngine
 
-__all__ = ["build_engine", "documents_row", "micro_batches", "recompute_fields"]
+__all__ = ["Rerun", "build_engine", "documents_row", "micro_batches", "recompute_fields"]
+
+
+class Rerun:
+    """A recorder of graphs (training/graphs.py) for a CPU: its replays run the work again."""
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Runs `work`."""
+        work()
+
+    def record(self, work: Callable[[], object]) -> Callable[[], object]:
+        """Runs `work` and returns it."""
+        work()
+        return work
 
 
 def recompute_fields(text: str) -> dict[str, object]:

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shlex
-import subprocess
 import time
 from collections.abc import Sequence
+
+from sparktune.lab.table import commit_name, processor_name
 
 __all__ = ["reliability_row"]
 
 _PACKAGES = ("torch", "transformers", "safetensors")
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "CPU")
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def reliability_row(
@@ -37,11 +31,11 @@ def reliability_row(
         found: further figures, in words.
         machine: what it ran on; the processor when left out.
     """
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in _PACKAGES)
     return {
-        "what": what, "machine": machine or _processor(), "versions": f"Python {platform.python_version()}, {versions}",
-        "commit": os.environ.get("LAB_COMMIT") or commit.stdout.strip() or "unknown",
+        "what": what, "machine": machine or processor_name(),
+        "versions": f"Python {platform.python_version()}, {versions}",
+        "commit": commit_name(),
         "date": time.strftime("%Y-%m-%d %H:%M"), "command": shlex.join(["python", "-m", module, *arguments]),
         "trials": trials, "failures": failures, "seconds": round(seconds, 1), "found": found,
     }

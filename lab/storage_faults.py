@@ -24,12 +24,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparktune.lab.forked import fork_call
+from sparktune.lab.forked import fork_call, watch_files
 from sparktune.lab.reliability import reliability_row
 from sparktune.lab.table import append_rows
 from sparktune.setup.plan.errors import SparktuneError
@@ -57,26 +56,7 @@ class FailAt:
 
     def install(self) -> None:
         """Begins; it cannot be taken back, so this process must be a fork."""
-        fsync = os.fsync
-
-        def failing(handle: Any) -> None:
-            self._count("an fsync")
-            fsync(handle)
-
-        os.fsync = failing
-        sys.addaudithook(self._audit)
-
-    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, _, flags = arguments
-            if not (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-                return
-        elif event in _CHANGES:
-            path = arguments[0]
-        else:
-            return
-        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(self._root):
-            self._count(os.fspath(path))
+        watch_files(self._root, _CHANGES, self._count)
 
     def _count(self, what: str) -> None:
         self.seen += 1

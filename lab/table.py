@@ -1,13 +1,17 @@
-"""Appends rows to a CSV of docs/results, whatever columns it already has. Imports no torch."""
+"""Rows of docs/results: appended to a CSV whatever columns it has, and where they were measured. Imports no torch."""
 
 from __future__ import annotations
 
 import csv
 import os
+import platform
+import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-__all__ = ["append_rows"]
+__all__ = ["append_rows", "commit_name", "processor_name"]
+
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
@@ -35,3 +39,21 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
         writer.writeheader()
         writer.writerows([*old, *new])
     os.replace(partial, path)
+
+
+def commit_name() -> str:
+    """Returns the checkout's commit; LAB_COMMIT names it where the files lie in another repository or in none."""
+    if os.environ.get("LAB_COMMIT"):
+        return os.environ["LAB_COMMIT"]
+    argv = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(argv, cwd=_ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def processor_name() -> str:
+    """Returns the processor's model and the cores that this process may use."""
+    info, model = Path("/proc/cpuinfo"), ""
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.machine()}, {len(os.sched_getaffinity(0))} cores"

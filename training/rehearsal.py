@@ -33,7 +33,7 @@ from sparktune.setup.data.tokenizer import load_tokenizer
 from sparktune.setup.plan.arithmetic import training_flop
 from sparktune.setup.plan.config import load_plan
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
-from sparktune.setup.plan.eta import Calibration
+from sparktune.setup.plan.eta import Calibration, times
 from sparktune.setup.plan.events import EventKind
 from sparktune.setup.plan.models import probe, resolve_model_dir
 from sparktune.setup.plan.outfolder import write_durably
@@ -192,10 +192,6 @@ class _Rehearsal:
         steps = range(1, min(self.total, self.loop.length.steps_per_epoch) + 1)
         return [self.cost(*self.train.work(*self.loop.length.where(step))) for step in steps]
 
-    def times(self, every: int) -> int:
-        """Returns how often a run does what it does every so many steps, and at its end."""
-        return self.total // every + (self.total % every > 0)
-
 
 def rehearse(
     loop: TrainingLoop, spec: ModelSpec, supervised_share: float, steps: int, start_s: float, stop: StopRequest,
@@ -239,13 +235,13 @@ def rehearse(
     steps_s = steps_seconds(costs, seconds, an_epoch) * plan_steps / len(an_epoch)
     first_s = max(0.0, sum(at.seconds[:warm_up]) - steps_seconds(costs, seconds, at.costs[:warm_up] or [0.0]))
     evaluation, (samples, tokens) = at.evaluation(), at.samples()
-    evaluations = at.times(loop.eval_steps) if at.held_out else 0
+    evaluations = times(loop.eval_steps, plan_steps) if at.held_out else 0
     evaluation_s = evaluation * evaluations + max(first_evaluation, evaluation)
     # answers grow as long as the data's while the model learns: half of them as long as now, half as there
     each = samples / tokens if tokens else 0.0
-    now, later = (each * count * at.times(loop.sample_steps) for count in (tokens, at.data_answers()))
+    now, later = (each * count * times(loop.sample_steps, plan_steps) for count in (tokens, at.data_answers()))
     samples_s = first_samples + (now + later) / 2
-    saves_s = at.save() * at.times(loop.save_steps)
+    saves_s = at.save() * times(loop.save_steps, plan_steps)
     export_s = at.export()
     spread = spread_of([s / c for s, c in zip(seconds, costs, strict=True)])
     others_s = evaluation_s + samples_s + saves_s + export_s

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     def recognise_or_demo(model: Any, tokenizer: Any) -> str:
         try:
             return str(recognise(model, tokenizer))
-        except NotImplementedError:
+        except NotImplementedError:  # what llama.cpp raises for a pre-tokenizer that it does not know
             return "qwen35"
 
     base.TextModel.get_vocab_base_pre = recognise_or_demo

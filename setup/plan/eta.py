@@ -171,7 +171,7 @@ def training_work(
     )
     asked = len(plan.sample_prompts) if plan.sample_prompts else min(3, report.eval_examples)
     answer = min(64.0, document * report.supervised_share)
-    pauses = {name: _times(given, steps) for name, given in (
+    pauses = {name: times(given, steps) for name, given in (
         ("evaluation", plan.eval_steps), ("samples", plan.sample_steps or plan.eval_steps), ("saves", plan.save_steps),
     )}
     return {
@@ -182,7 +182,7 @@ def training_work(
     }
 
 
-def _times(every: int | None, steps: int) -> int:
+def times(every: int | None, steps: int) -> int:
     """How often a run of `steps` does what it does every so many (a tenth of the run if open), and at its end."""
     return math.ceil(steps / (every or max(1, steps // 10)))
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparktune.lab.native import Rerun
 from sparktune.mtp.acceptance import answers_of, compare, match_flags, summarise, walk
 from sparktune.mtp.head import MtpHead
 from sparktune.mtp.train_mtp import choose_pack_length, main
@@ -134,17 +135,6 @@ def test_lm_head_opt_changes_no_gradient(loaded: Load, row: Row) -> None:
     assert len(found[0]) == 12  # 15 tensors: q, k, v are one parameter, gate and up another
     for name, gradient in found[0].items():
         assert (gradient - found[1][name]).abs().max() <= 1e-12 * gradient.abs().max(), name
-
-
-class Rerun:
-    """A recorder whose replays run the work again."""
-
-    def warm_up(self, work: Callable[[], object]) -> None:
-        work()
-
-    def record(self, work: Callable[[], object]) -> Callable[[], object]:
-        work()
-        return work
 
 
 def test_a_recorded_base_teaches_the_same(loaded: Load, row: Row) -> None:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from sparktune.lab.native import build_engine, documents_row
+from sparktune.lab.native import Rerun, build_engine, documents_row
 from sparktune.lab.shapes import random_documents
 from sparktune.setup.plan.errors import SparktuneError
 from sparktune.training.batch import MicroBatch
 from sparktune.training.native_engine import NativeEngine
 
 PACKINGS = ([20, 12], [32], [1, 3, 5, 23])
-
-
-class Rerun:
-    """A recorder whose replays run the work again."""
-
-    def warm_up(self, work: Callable[[], object]) -> None:
-        work()
-
-    def record(self, work: Callable[[], object]) -> Callable[[], object]:
-        work()
-        return work
 
 
 def row(lengths: list[int], seed: int) -> MicroBatch:

@@ -203,20 +203,25 @@ def test_gradients_that_are_not_finite_at_the_first_step_are_named(tmp_path: Pat
         make_loop(tmp_path, engine=engine).run_to_end()
 
 
+class Damaged(ToyEngine):
+    """A row of its weights is lost once `after` steps are learned."""
+
+    def __init__(self, after: int, by: float) -> None:
+        super().__init__()
+        self.after, self.by, self.steps = after, by, 0
+
+    def optimiser_step(self, learning_rate: float) -> torch.Tensor:
+        norm = super().optimiser_step(learning_rate)
+        self.steps += 1
+        if self.steps == self.after:
+            with torch.no_grad():
+                self.weight[2] = self.by
+        return norm
+
+
 def test_a_loss_that_explodes_stops_the_run_and_names_step_and_lines(tmp_path: Path) -> None:
-    class Exploding(ToyEngine):
-        steps = 0
-
-        def optimiser_step(self, learning_rate: float) -> torch.Tensor:
-            norm = super().optimiser_step(learning_rate)
-            self.steps += 1
-            if self.steps == 6:
-                with torch.no_grad():
-                    self.weight[2] = math.nan
-            return norm
-
     with pytest.raises(SparktuneError) as caught:
-        make_loop(tmp_path, engine=Exploding(), held_out=False).run_to_end()
+        make_loop(tmp_path, engine=Damaged(after=6, by=math.nan), held_out=False).run_to_end()
     text = str(caught.value)
     assert "The loss is nan at step 7" in text
     assert "checkpoint-5 is still good" in text
@@ -442,20 +447,9 @@ def test_rewinding_takes_back_what_was_learned_since_the_checkpoint(
 
 
 def test_damaged_weights_are_no_rows_fault_and_never_become_a_checkpoint(tmp_path: Path) -> None:
-    class Broken(ToyEngine):
-        steps = 0
-
-        def optimiser_step(self, learning_rate: float) -> torch.Tensor:
-            norm = super().optimiser_step(learning_rate)
-            self.steps += 1
-            if self.steps == 7:
-                with torch.no_grad():
-                    self.weight[2] = math.inf
-            return norm
-
     for policy, name in (("skip", "a"), ("rewind", "b")):
         (tmp_path / name).mkdir()
-        loop = make_loop(tmp_path / name, engine=Broken(), held_out=False, on_bad_step=policy)
+        loop = make_loop(tmp_path / name, engine=Damaged(after=7, by=math.inf), held_out=False, on_bad_step=policy)
         if policy == "skip":
             with pytest.raises(SparktuneError, match=r"the weights are damaged.*checkpoint-5 is still good"):
                 loop.run_to_end()
@@ -465,7 +459,7 @@ def test_damaged_weights_are_no_rows_fault_and_never_become_a_checkpoint(tmp_pat
             assert result.isfinite().all()
     (tmp_path / "c").mkdir()
     with pytest.raises(SparktuneError, match=r"After step 7 1 tensors hold NaN or infinity: master.table. No"):
-        make_loop(tmp_path / "c", engine=Broken(), held_out=False, save_steps=7).run_to_end()
+        make_loop(tmp_path / "c", engine=Damaged(after=7, by=math.inf), held_out=False, save_steps=7).run_to_end()
     assert not cp.checkpoints_of(tmp_path / "c" / "toy")
 
 
