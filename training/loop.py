@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from sparktune.setup.plan.errors import SparktuneError, StoppedResumable
+from sparktune.setup.plan.outfolder import put_in_place
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
 from sparktune.training.batch import MicroBatch
@@ -28,7 +28,6 @@ from sparktune.training.checkpoint import (
     rotate,
     save_checkpoint,
     storage_error,
-    sync_folder,
     sync_tree,
     validate,
 )
@@ -380,16 +379,7 @@ class TrainingLoop:
                 shutil.rmtree(leftover, ignore_errors=True)
             self.engine.export(partial)
             sync_tree(partial)
-            if final.exists():
-                os.replace(final, old)
-            try:
-                os.replace(partial, final)
-            except OSError:
-                if old.exists():
-                    os.replace(old, final)
-                raise
-            sync_folder(self.run.root)
-            shutil.rmtree(old, ignore_errors=True)
+            put_in_place(partial, final, old)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise storage_error(error, f"the trained {self.result_name} in {self.run.root}") from error

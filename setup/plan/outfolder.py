@@ -13,7 +13,8 @@ from pathlib import Path
 from sparktune.setup.plan.errors import PreflightError, SparktuneError, UsageError
 
 __all__ = [
-    "build_folder", "check_free_space", "copy_file", "gib", "link_or_copy", "remove_unfinished", "write_durably",
+    "build_folder", "check_free_space", "copy_file", "gib", "link_or_copy", "put_in_place", "remove_unfinished",
+    "write_durably",
 ]
 
 _MARK = ".sparktune-partial"
@@ -82,6 +83,33 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def put_in_place(ready: Path, folder: Path, old: Path) -> None:
+    """Gives a whole folder its final name. rename cannot replace a filled one: what stands there steps aside to `old`,
+    comes back if the new one cannot have the name, and goes once the new one stands.
+
+    Args:
+        ready: the folder, complete and synced.
+        folder: its final name.
+        old: a name beside it that is ours.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    stood = folder.exists()
+    if stood:
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    try:
+        os.rename(ready, folder)
+    except OSError:
+        if stood:
+            os.rename(old, folder)
+        raise
+    _sync(folder.parent)
+    if stood:
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def _aside(folder: Path, why: str) -> Path:
     """The name of a folder on its way: `ready` is whole and has lost its mark, `old` is what it replaces.
 
@@ -99,20 +127,7 @@ def _publish(partial: Path, folder: Path) -> None:
         for file in sorted(ready.rglob("*")):
             _sync(file)
         _sync(ready)
-        if folder.exists():
-            # rename cannot replace a filled folder: the old one steps aside first and goes once the new one stands
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-            try:
-                os.rename(ready, folder)
-            except OSError:
-                os.rename(old, folder)
-                raise
-            _sync(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(ready, folder)
-            _sync(folder.parent)
+        put_in_place(ready, folder, old)
     except BaseException:
         shutil.rmtree(ready, ignore_errors=True)
         raise
