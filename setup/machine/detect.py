@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Literal
 
+from sparktune.setup.machine.gauges import ask_nvidia_smi
 from sparktune.setup.plan.hostmemory import available_bytes
 from sparktune.setup.plan.schema import Machine
 
 __all__ = ["cpu_count", "cpu_name", "detect_machine", "existing_parent", "host_memory_gib", "nvidia_gpus"]
 
 _GIB = 2**30
-_QUERY_S = 20
 
 
 def existing_parent(path: Path) -> Path:
@@ -48,18 +47,9 @@ def host_memory_gib() -> float:
 
 
 def nvidia_gpus() -> list[tuple[str, tuple[int, int], float | None]]:
-    """Returns (name, compute capability, free memory in GiB or None where it is unified) of each NVIDIA GPU."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    try:
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,compute_cap,memory.free", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=_QUERY_S, check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
+    """Returns (name, compute capability, free GiB or None where memory is unified) of each GPU that CUDA shows."""
     gpus = []
-    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
+    for line in ask_nvidia_smi("name", "compute_cap", "memory.free"):
         name, capability, free = (part.strip() for part in line.rsplit(",", 2))
         major, _, minor = capability.partition(".")
         if major.isdigit() and minor.isdigit():

@@ -5,6 +5,7 @@ nvidia-smi is asked, not NVML: it is there wherever a driver is, and a figure it
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import threading
@@ -12,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["GaugeReader", "Gauges", "meminfo_gib", "query_gpu", "read_gauges"]
+__all__ = ["GaugeReader", "Gauges", "ask_nvidia_smi", "meminfo_gib", "query_gpu", "read_gauges"]
 
 _QUERY_S = 10.0
 _FIELDS = {
@@ -53,19 +54,43 @@ def meminfo_gib() -> dict[str, float]:
     return {name: int(rest.split()[0]) / 2**20 for name, _, rest in (line.partition(":") for line in lines) if rest}
 
 
-def query_gpu(*fields: str) -> list[str] | None:
-    """Returns nvidia-smi's answers for the first GPU, as texts; None where it is absent, fails or hangs."""
-    if shutil.which("nvidia-smi") is None:
+def _visible_gpus() -> list[str] | None:
+    """Returns the GPUs that CUDA_VISIBLE_DEVICES names, as nvidia-smi takes them; None where it leaves all of them."""
+    words = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if words is None:
         return None
+    named = []
+    for word in (word.strip() for word in words.split(",")):
+        if word.startswith("MIG-"):
+            return None  # a slice of a GPU, which nvidia-smi does not take as --id
+        if not (word.isdigit() or word.startswith("GPU-")):
+            break  # CUDA stops at the first that it cannot read: nothing, or -1
+        named.append(word)
+    return named
+
+
+def ask_nvidia_smi(*fields: str) -> list[str]:
+    """Returns nvidia-smi's answers, one line for each GPU that CUDA would show this process.
+
+    Empty where it is absent, fails or hangs, and where CUDA_VISIBLE_DEVICES hides every GPU. A number in that variable
+    is taken as nvidia-smi counts; CUDA counts so on machines whose GPUs are alike.
+    """
+    visible = _visible_gpus()
+    if shutil.which("nvidia-smi") is None or visible == []:
+        return []
+    argv = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    argv += [f"--id={','.join(visible)}"] if visible else []
     try:
-        answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=_QUERY_S, check=False,
-        )
+        answer = subprocess.run(argv, capture_output=True, text=True, timeout=_QUERY_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = answer.stdout.splitlines()
-    values = [part.strip() for part in lines[0].split(",")] if answer.returncode == 0 and lines else []
+        return []
+    return answer.stdout.splitlines() if answer.returncode == 0 else []
+
+
+def query_gpu(*fields: str) -> list[str] | None:
+    """Returns nvidia-smi's answers for the first GPU of this process, as texts; None where there are none."""
+    lines = ask_nvidia_smi(*fields)
+    values = [part.strip() for part in lines[0].split(",")] if lines else []
     return values if len(values) == len(fields) else None
 
 
