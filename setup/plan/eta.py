@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -79,6 +79,8 @@ class StageTime:
     low: float
     high: float
     reason: str
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """What training's seconds consist of, before the margin; empty for the other stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +189,9 @@ def times(every: int | None, steps: int) -> int:
     return math.ceil(steps / (every or max(1, steps // 10)))
 
 
-def _besides(work: Mapping[str, float], paces: Sequence[Pace], chip: str, rate: Rate) -> float:
-    """Seconds of training's work besides its steps, as this machine has shown them, or as is guessed."""
-    seconds = 0.0
+def _besides(work: Mapping[str, float], paces: Sequence[Pace], chip: str, rate: Rate) -> dict[str, float]:
+    """Seconds of each of training's works besides its steps, as this machine has shown them, or as is guessed."""
+    seconds = {}
     guesses = {
         "train: start": _START_S + work["train: start"] / _DISK,
         "train: evaluation": work["train: evaluation"] / rate.flop_per_s,
@@ -199,14 +201,14 @@ def _besides(work: Mapping[str, float], paces: Sequence[Pace], chip: str, rate: 
     for name, guess in guesses.items():
         own = [p for p in paces if p.stage == name and p.chip == chip and p.work > 0]
         if not own or not work[name]:
-            seconds += guess
+            seconds[name] = guess
         elif name == "train: start":  # most of it does not grow with the weights
             nearest = min(abs(math.log(p.work / work[name])) for p in own)
             alike = [p.seconds for p in own if abs(math.log(p.work / work[name])) <= nearest + 1e-9][-3:]
-            seconds += sum(alike) / len(alike)
+            seconds[name] = sum(alike) / len(alike)
         else:
             recent = own[-5:]
-            seconds += work[name] * sum(p.seconds for p in recent) / sum(p.work for p in recent)
+            seconds[name] = work[name] * sum(p.seconds for p in recent) / sum(p.work for p in recent)
     return seconds
 
 
@@ -217,11 +219,15 @@ def _train(
     steps = planned_steps(plan, report)
     tokens = report.lengths.total * _epochs(plan, report, steps) / filled_share(plan, report)
     steps_s = tokens * flop / rate.flop_per_s
-    rest = _besides(training_work(plan, spec, report, steps, save_bytes), paces, chip, rate)
+    besides = _besides(training_work(plan, spec, report, steps, save_bytes), paces, chip, rate)
+    rest = sum(besides.values())
     known = any(p.stage == "train: start" and p.chip == chip for p in paces)
     least, most = (0.7, 1.4) if known else (0.3, 2.0)
     low, high = steps_s / rate.high + least * rest, steps_s / rate.low + most * rest
-    return StageTime(stage="train", seconds=(steps_s + rest) * _ERR_HIGH, low=low, high=high, reason=rate.reason)
+    parts = {"steps": steps_s, **{name.removeprefix("train: "): seconds for name, seconds in besides.items()}}
+    return StageTime(
+        stage="train", seconds=(steps_s + rest) * _ERR_HIGH, low=low, high=high, reason=rate.reason, parts=parts
+    )
 
 
 def _epochs(plan: Plan, report: DatasetReport, steps: int) -> float:
@@ -302,7 +308,7 @@ def estimate(
             if calibration is not None:
                 times.append(StageTime(
                     stage="train", seconds=calibration.train_s, low=calibration.low_s, high=calibration.high_s,
-                    reason=f"{calibration.steps} steps of this plan, timed on this machine",
+                    reason=f"{calibration.steps} steps of this plan, timed on this machine", parts=calibration.parts,
                 ))
             elif rate is None:
                 unknown = f"no speed is known for {chip}"
