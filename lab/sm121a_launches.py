@@ -16,6 +16,7 @@ from sparktune.kernels.sigmoid_gate.triton import sigmoid_gate_bwd, sigmoid_gate
 from sparktune.kernels.silu_mul.triton import silu_mul_bwd, silu_mul_fwd
 from sparktune.lab.shapes import SIZES
 from sparktune.lab.sm121a import Launch, recorded_launches
+from sparktune.mtp.draft_kernels import block_loss_fused
 
 __all__ = ["launches_of_size"]
 
@@ -86,12 +87,18 @@ def _loss(hidden: int) -> None:
     scatter_rows(_t(S, hidden, dtype=torch.float32), _t(S, dtype=torch.int64), _t(dtype=torch.float32), T, BF16)
 
 
+def _drafts() -> None:
+    S, B = 941, 1024
+    for kind in ("kl", "lk"):
+        block_loss_fused(_t(B, V), _t(S, V), _t(S, dtype=torch.int64), kind)
+
+
 def launches_of_size(name: str) -> list[Launch]:
-    """Returns the distinct launches of one training step's own kernels for Qwen3.5-`name`, LoRA and full."""
+    """Returns the distinct launches of a training step's own kernels for Qwen3.5-`name`: LoRA, full, MTP head."""
     size = SIZES[name]
     parts: list[Callable[[], None]] = [
         lambda: _norms(size.hidden), lambda: _gdn(size.value_heads), lambda: _attention(size.heads, size.kv_heads),
-        lambda: _mlp(size.ffn), lambda: _loss(size.hidden),
+        lambda: _mlp(size.ffn), lambda: _loss(size.hidden), _drafts,
     ]
     launches: list[Launch] = []
     for part in parts:
