@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from sparktune.setup.plan.config import load_plan
 from sparktune.setup.plan.errors import SparktuneError
 from sparktune.training.checkpoint import checkpoints_of, validate
 
-__all__ = ["INTERRUPTIONS", "STAGES_KILLED", "Outcome", "Trial", "run_trial"]
+__all__ = ["INTERRUPTIONS", "STAGES_KILLED", "Outcome", "Trial", "differing_files", "run_trial"]
 
 STAGES_KILLED = ("prepare", "train", "checkpoint", "merge", "mtp", "gguf", "evaluate", "report")
 """Where trials strike; `checkpoint` is the stage train at the moment a checkpoint is being written."""
@@ -194,8 +195,8 @@ def _look(world: World, place: Path, outcome: Outcome) -> None:
         missing = [p for p in world.files if str(Path(p).parent) == folder and p not in found]
         if missing and folder not in (f"results/{NAME}", f"results/{NAME}/mtp"):
             outcome.wrong.append(f"after the interruption {folder} lacked {', '.join(missing)}")
-    for folder in (root, root / "mtp"):
-        for checkpoint in checkpoints_of(folder):
+    for kept in (root, root / "mtp"):
+        for checkpoint in checkpoints_of(kept):
             try:
                 validate(checkpoint)
             except SparktuneError as error:
@@ -226,13 +227,41 @@ def _resume(world: World, trial: Trial, stage: str, session: Session, outcome: O
         outcome.wrong.append(f"the resume ended with {code}: {again.said()[-1500:]}")
         return
     found = hashes(place)
-    differing = sorted(p for p in found.keys() | world.files.keys() if found.get(p) != world.files.get(p))
+    differing = differing_files(found, world.files)
     if differing:
         outcome.wrong.append(f"{len(differing)} files differ from the uninterrupted run's: {', '.join(differing[:5])}")
     left = [str(p.relative_to(place)) for top in ("results", "output") for p in (place / top).rglob("*")
             if "partial" in p.name or p.name.startswith(".pending-")]
     if left:
         outcome.wrong.append(f"left over after the end: {', '.join(left[:5])}")
+
+
+def differing_files(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
+    """Returns the files that are not the uninterrupted run's.
+
+    A stop between two of the plan's checkpoints leaves one of its own, and the oldest kept makes way for it: what only
+    one of the runs has of these is passed over, as long as both keep as many and the last is the same.
+
+    Args:
+        found: path -> hash of the resumed run.
+        expected: path -> hash of the uninterrupted one.
+    """
+    differing = sorted(p for p in found.keys() | expected.keys() if found.get(p) != expected.get(p))
+    ours, theirs = _checkpoints(found), _checkpoints(expected)
+    if ours and theirs and len(ours) == len(theirs) and max(ours) == max(theirs):
+        odd = ours ^ theirs
+        differing = [p for p in differing if _checkpoint(p) not in odd]
+    return differing
+
+
+def _checkpoint(path: str) -> int | None:
+    """The step of training's checkpoint that a file belongs to."""
+    found = re.match(rf"results/{NAME}/checkpoint-(\d+)/", path)
+    return int(found[1]) if found else None
+
+
+def _checkpoints(paths: Iterable[str]) -> set[int]:
+    return {step for path in paths if (step := _checkpoint(path)) is not None}
 
 
 def _until(condition: Callable[[], bool], pause_s: float = 0.002, patience_s: float = 600.0) -> None:

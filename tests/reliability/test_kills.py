@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparktune.lab.kill_matrix import draw
-from sparktune.lab.kill_trial import INTERRUPTIONS, STAGES_KILLED
+from sparktune.lab.kill_trial import INTERRUPTIONS, STAGES_KILLED, differing_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +31,24 @@ def matrix(folder: Path, *words: str) -> str:
     done = subprocess.run(command, cwd=folder.parent, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
+
+
+def test_a_stop_s_own_checkpoint_may_take_the_oldest_one_s_place_and_nothing_else_may_differ() -> None:
+    expected = {f"results/one/checkpoint-{step}/engine.safetensors": f"bits of {step}" for step in (4, 6)}
+    expected["results/one/adapter/adapter_model.safetensors"] = "bits"
+    stopped_at_5 = {**expected, "results/one/checkpoint-5/engine.safetensors": "bits of 5"}
+    del stopped_at_5["results/one/checkpoint-4/engine.safetensors"]
+    assert differing_files(expected, expected) == []
+    assert differing_files(stopped_at_5, expected) == []
+    for wrong in (
+        {**expected, "results/one/checkpoint-4/engine.safetensors": "other bits"},
+        {**stopped_at_5, "results/one/checkpoint-6/engine.safetensors": "other bits"},
+        {**stopped_at_5, "results/one/adapter/adapter_model.safetensors": "other bits"},
+        {**expected, "results/one/checkpoint-5/engine.safetensors": "one too many"},
+    ):
+        assert len(differing_files(wrong, expected)) == 1
+    lost = {path: bits for path, bits in expected.items() if "checkpoint-6" not in path}
+    assert differing_files(lost, expected) == ["results/one/checkpoint-6/engine.safetensors"]
 
 
 @pytest.mark.timeout(900)

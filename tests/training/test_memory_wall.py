@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +61,14 @@ def test_a_real_shortage_on_a_gpu_ends_with_the_next_policy(tmp_path: Path) -> N
     folder, data, device = make_model(tmp_path / "tiny", "tiny"), packs("cuda"), torch.device("cuda")
     peaks, losses = {}, {}
     for policy in ("none", "layer"):
+        gc.collect()  # what earlier tests of this process left behind, graphs' pools among it
         engine = engine_of(folder, "cuda", policy)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         losses[policy] = one_pass(engine, data)[0]
         peaks[policy] = torch.cuda.max_memory_reserved(device)
         del engine
-    assert peaks["layer"] < 0.9 * peaks["none"], peaks
+    assert peaks["none"] - peaks["layer"] > 512 * 2**20, f"no cap lies well between them: {peaks}"
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(
         (peaks["none"] + peaks["layer"]) / 2 / torch.cuda.mem_get_info(device)[1], device)

@@ -1,4 +1,4 @@
-"""A quantised base on a GPU: bitsandbytes' kernels, through CUDA graphs, against the dequantised base."""
+"""A quantised base on a GPU: bitsandbytes' kernels against the dequantised base, without CUDA graphs."""
 
 from __future__ import annotations
 
@@ -15,27 +15,25 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
-def test_graphs_over_a_quantised_base_are_the_eager_passes(tmp_path: Path, storage: str) -> None:
+def test_a_quantised_base_trains_like_the_same_weights_dequantised(tmp_path: Path, storage: str) -> None:
     folder = make_model(tmp_path / "tiny", "tiny")
     losses: dict[str, list[float]] = {}
-    for kind in ("graphs", "eager", "dequantised"):
-        plain = kind == "dequantised"
+    for kind in ("quantised", "dequantised"):
         engine = build_engine(folder, rank=8, full=False, recompute="norms", quantise_base=storage)
-        if plain:
+        if kind == "quantised":
+            assert "quantised" in engine.graphs.objection, "its graphs held 23.4 GiB where its passes need 13.3"
+        else:
             stored = {path: m.weight for path, m in engine.model.named_modules() if isinstance(m, StaticLoRA)}
             engine = build_engine(folder, rank=8, full=False, recompute="norms")
+            engine.graphs.objection = "this test compares eager passes"
             with torch.no_grad():
                 for path, module in engine.model.named_modules():
                     if isinstance(module, StaticLoRA):
                         module.weight.copy_(stored[path].dense())
-        if kind != "graphs":
-            engine.graphs.objection = "this test compares with eager passes"
         losses[kind] = []
         for step in range(5):
             batch = documents_row(random_documents([300, 212], 0.5, seed=step % 2))
             losses[kind].append(engine.forward_backward([batch], batch.supervised_tokens).item())
             engine.optimiser_step(1e-3)
-        if kind == "graphs":
-            assert engine.graphs.captured, engine.graphs.objection
-    assert losses["graphs"] == pytest.approx(losses["eager"], rel=1e-3)
-    assert losses["eager"] == pytest.approx(losses["dequantised"], rel=2e-3)
+        assert not engine.graphs.captured
+    assert losses["quantised"] == pytest.approx(losses["dequantised"], rel=2e-3)
