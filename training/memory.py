@@ -6,24 +6,22 @@ import os
 import resource
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
 from sparktune.setup.plan.errors import UsageError
-from sparktune.setup.plan.hostmemory import available_bytes
-from sparktune.setup.plan.memory import cheapest_policy
+from sparktune.setup.plan.hostmemory import available_bytes, floor_gib, reserve_gib
+from sparktune.setup.plan.memory import RUNTIME_GIB, cheapest_policy
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 from sparktune.training.tower import RecomputePolicy
 
 __all__ = [
     "available_gib", "cap_allocator", "check_recompute_layers", "choose_recompute", "host_available_gib",
-    "host_floor_gib", "is_out_of_memory", "is_unified", "measure_machine", "peak_gib", "reserve_gib", "reset_peak",
+    "host_floor_gib", "is_out_of_memory", "is_unified", "measure_machine", "peak_gib", "reset_peak",
 ]
 
 GIB = 2**30
-RESERVE_SHARE = 0.05
-RESERVE_LEAST_GIB = 4.0
-"""Left to the system on unified memory: a GB10 that runs out takes the whole machine with it, not one process."""
 
 
 def is_unified(device: torch.device) -> bool:
@@ -35,30 +33,19 @@ def available_gib(device: torch.device) -> float:
     """Measures what a training process on `device` may still take, in GiB.
 
     A discrete GPU reports its own free memory, and what our allocator has cached of it counts as free too. On the CPU
-    and on unified memory the host's MemAvailable counts, since the page cache can be given back; on unified memory
-    less `reserve_gib`.
+    and on unified memory the host's MemAvailable counts, since the page cache can be given back, less what must stay
+    free: `floor_gib`, and `reserve_gib` on unified memory.
     """
     if device.type != "cuda":
-        return available_bytes() / GIB
+        return max(0.0, available_bytes() / GIB - floor_gib())
     free, total = torch.cuda.mem_get_info(device)
     if not is_unified(device):
         return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / GIB
     return max(0.0, available_bytes() / GIB - reserve_gib(total / GIB))
 
 
-def reserve_gib(total_gib: float) -> float:
-    """Returns what a training process leaves to the system where it shares its memory, in GiB.
-
-    Args:
-        total_gib: memory of the machine.
-    """
-    return max(RESERVE_LEAST_GIB, RESERVE_SHARE * total_gib)
-
-
 FLOOR_SHARE = 0.8
 """Of the reserve: below that the watchdog stops a run. Our own allocator never takes any of it."""
-HOST_FLOOR_SHARE, HOST_FLOOR_LEAST_GIB = 0.01, 0.2
-"""Where the model does not share the host's memory, or is small: enough for a checkpoint's buffers and a shell."""
 _CPU_REFUSALS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 
@@ -70,12 +57,11 @@ def host_available_gib() -> float:
 def host_floor_gib(device: torch.device) -> float:
     """Returns the free host memory below which a run stops, in GiB.
 
-    On unified memory that is most of the reserve, elsewhere a hundredth of the host's memory.
+    On unified memory that is most of the reserve, elsewhere a hundredth of what machine and control groups allow.
     """
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     if is_unified(device):
-        return FLOOR_SHARE * reserve_gib(total)
-    return max(HOST_FLOOR_LEAST_GIB, HOST_FLOOR_SHARE * total)
+        return FLOOR_SHARE * reserve_gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB)
+    return floor_gib()
 
 
 def cap_allocator(device: torch.device) -> float | None:
@@ -114,17 +100,28 @@ def peak_gib(device: torch.device) -> float:
 
 
 def measure_machine(device: torch.device) -> Machine:
-    """Describes this machine as training finds it; `memory_gib` is what is free now."""
+    """Describes this machine as training finds it.
+
+    `memory_gib` is what is free now; where the estimate of a plan counts host memory, also what this process already
+    holds of it: the estimate counts the process as a whole.
+    """
     gpu = device.type == "cuda"
+    own = min(RUNTIME_GIB, _resident_gib()) if not gpu or is_unified(device) else 0.0
     return Machine(
         device="cuda" if gpu else "cpu",
         gpu_name=torch.cuda.get_device_name(device) if gpu else None,
         capability=torch.cuda.get_device_capability(device) if gpu else None,
         unified_memory=is_unified(device),
-        memory_gib=available_gib(device),
+        memory_gib=available_gib(device) + own,
         cpu_cores=len(os.sched_getaffinity(0)),
         disk_free_gib=shutil.disk_usage(os.curdir).free / GIB,
     )
+
+
+def _resident_gib() -> float:
+    """Memory of this process that no file backs, in GiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next((int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith("RssAnon:")), 0.0)
 
 
 def check_recompute_layers(plan: Plan, spec: ModelSpec) -> None:

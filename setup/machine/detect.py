@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparktune.setup.machine.gauges import ask_nvidia_smi
-from sparktune.setup.plan.hostmemory import available_bytes
+from sparktune.setup.plan.hostmemory import available_bytes, floor_gib, reserve_gib, total_bytes
 from sparktune.setup.plan.schema import Machine
 
 __all__ = ["cpu_count", "cpu_name", "detect_machine", "existing_parent", "host_memory_gib", "nvidia_gpus"]
@@ -69,12 +69,13 @@ def detect_machine(device: Literal["auto", "cpu", "cuda"], disk: Path) -> Machin
     gpus = [] if device == "cpu" else nvidia_gpus()
     if not gpus:
         return Machine(
-            device="cpu", memory_gib=round(host_memory_gib(), 2), cpu_name=cpu_name(), cpu_cores=cpu_count(),
-            disk_free_gib=round(free_gib, 2), docker=shutil.which("docker") is not None,
+            device="cpu", memory_gib=round(max(0.0, host_memory_gib() - floor_gib()), 2), cpu_name=cpu_name(),
+            cpu_cores=cpu_count(), disk_free_gib=round(free_gib, 2), docker=shutil.which("docker") is not None,
         )
-    name, capability, gpu_free_gib = gpus[0]
+    name, capability, free = gpus[0]
+    unified = max(0.0, host_memory_gib() - reserve_gib(total_bytes() / _GIB))
     return Machine(
-        device="cuda", gpu_name=name, capability=capability, unified_memory=gpu_free_gib is None,
-        memory_gib=round(host_memory_gib() if gpu_free_gib is None else gpu_free_gib, 2), cpu_name=cpu_name(),
+        device="cuda", gpu_name=name, capability=capability, unified_memory=free is None,
+        memory_gib=round(unified if free is None else free, 2), cpu_name=cpu_name(),
         cpu_cores=cpu_count(), disk_free_gib=round(free_gib, 2), docker=shutil.which("docker") is not None,
     )

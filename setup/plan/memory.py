@@ -33,8 +33,8 @@ from sparktune.setup.plan.errors import MemoryBudgetError
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 
 __all__ = [
-    "ADAPTED", "HEAD_CHUNK_ROWS", "PeakEstimate", "Policy", "adapter_parameters", "cheapest_policy", "check_fits",
-    "checkpoint_bytes", "longest_row_tokens", "predict_peak", "projection_shapes",
+    "ADAPTED", "HEAD_CHUNK_ROWS", "RUNTIME_GIB", "PeakEstimate", "Policy", "adapter_parameters", "cheapest_policy",
+    "check_fits", "checkpoint_bytes", "longest_row_tokens", "predict_peak", "projection_shapes",
 ]
 
 GIB = 2**30
@@ -56,7 +56,7 @@ _CUBLAS_WORKSPACE = {False: 8_519_680, True: 32 * 2**20}
 _UNSLOTH_HEAD_BYTES = 3.6
 # An allocator's slack and the process itself: torch with its libraries holds about 0.4 GiB of host memory before the
 # first tensor; a CUDA context about as much of the device's. Estimates.
-_RUNTIME_GIB = 0.45
+RUNTIME_GIB = 0.45
 # What two pools reserve and neither can give the other, at most, and as a share of kept + working set where that is
 # less: fitted to max_memory_reserved of ten runs on an H200 (docs/results/memory_graphs.csv), 0.4 to 2.1 GiB by
 # themselves. No policy or size explains the spread: the same plan reserved 16.0 and 16.8 GiB in two processes.
@@ -206,7 +206,7 @@ def predict_peak(
         if base_storage(plan) != "none":
             working += 2 * max(i * o for _, i, o in projection_shapes(spec).values()) * e
         trained += gradients
-    runtime = _RUNTIME_GIB + _SLACK * (weights + trained + kept + working) / GIB
+    runtime = RUNTIME_GIB + _SLACK * (weights + trained + kept + working) / GIB
     return PeakEstimate(
         policy=policy, layers=layers, tokens=tokens, weights_gib=weights / GIB, trained_gib=trained / GIB,
         activations_gib=kept / GIB, working_gib=working / GIB, workspace_gib=workspace / GIB,

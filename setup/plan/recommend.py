@@ -317,12 +317,15 @@ def _longest(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machin
 
 
 def _recompute(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:
+    source = "memory estimate (setup/plan/memory.py)"
+    if machine.device == "cpu":
+        return [("recompute", plan.recompute, "on a CPU training takes none, which computes nothing twice", source)]
     peak = cheapest_policy(plan, spec, report, machine)[0]
     reason = (
         f"training takes the first of none, norms, layer and all that fits: {peak.recompute}, with "
         f"{peak.total_gib:.1f} of {machine.memory_gib:.0f} GiB"
     )
-    return [("recompute", plan.recompute, reason, "memory estimate (setup/plan/memory.py)")]
+    return [("recompute", plan.recompute, reason, source)]
 
 
 def _mtp(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine) -> list[_Item]:

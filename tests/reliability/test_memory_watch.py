@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparktune.setup.plan.errors import PreflightError
-from sparktune.setup.plan.hostmemory import available_bytes
+from sparktune.setup.plan.hostmemory import available_bytes, total_bytes
 from sparktune.training import memory
 from sparktune.training.gpu_lock import hold_gpu
 from sparktune.training.memory import cap_allocator, host_floor_gib, is_out_of_memory
@@ -39,6 +39,7 @@ def test_without_a_limit_the_kernels_word_counts(tmp_path: Path) -> None:
     unlimited = {"proc/self/cgroup": "0::/a\n4:memory:/b\n", "groups/a/memory.max": "max\n",
                  "groups/memory/b/memory.limit_in_bytes": "9223372036854771712\n"}
     assert available_bytes(*machine(tmp_path, unlimited)) == 20 * GIB
+    assert total_bytes(*machine(tmp_path, unlimited)) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -54,6 +55,8 @@ def test_a_groups_limit_counts_and_its_page_cache_is_free(tmp_path: Path, versio
         f"{folder}/memory.stat": f"anon {4 * GIB}\n{cache} {3 * GIB}\n{shared} {GIB}\n",
     }
     assert available_bytes(*machine(tmp_path, files)) == 3 * GIB  # 8 - 7 + 3 of cache - 1 of it a tmpfs's
+    (tmp_path / folder / limit).write_text("1048576\n")
+    assert total_bytes(*machine(tmp_path, {})) == 2**20  # the floor of a container is a hundredth of its own limit
 
 
 def test_a_real_group_is_read(tmp_path: Path) -> None:
@@ -104,6 +107,13 @@ def test_the_watchdog_looks_four_times_a_second_and_stops_a_run_below_the_floor(
         until(lambda: stop.requested)
     assert (stop.urgent, stop.aborted) == (True, False)
     assert "only 1.99 GiB of memory is free and the system needs 2.00" in stop.why
+
+
+def test_a_stop_that_was_asked_for_becomes_urgent(stop: StopRequest) -> None:
+    stop.looping = stop.requested = True
+    with MemoryWatchdog(stop, 2.0, lambda: 1.0):
+        until(lambda: stop.urgent)
+    assert (stop.why, stop.aborted) == ("as you asked", False)  # no second signal, which would abort
 
 
 def test_before_the_first_step_the_watchdog_ends_the_process(stop: StopRequest) -> None:

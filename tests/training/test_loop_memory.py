@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from sparktune.setup.plan.errors import UsageError
-from sparktune.setup.plan.memory import predict_peak
+from sparktune.setup.plan.hostmemory import reserve_gib
+from sparktune.setup.plan.memory import RUNTIME_GIB, predict_peak
 from sparktune.setup.plan.models import CATALOGUE, spec_from_config
 from sparktune.setup.plan.schema import DatasetReport, LengthStats, Machine, Plan
-from sparktune.training.memory import available_gib, choose_recompute, measure_machine, peak_gib, reserve_gib
+from sparktune.training.memory import available_gib, choose_recompute, measure_machine, peak_gib
 
 LENGTHS = LengthStats(
     count=100, total=50_000, mean=500, p50=400, p90=900, p99=1500, max=2000, histogram_edges=[], histogram_counts=[],
@@ -90,4 +91,5 @@ def test_what_is_measured_is_what_the_system_says() -> None:
     assert 0 < available_gib(cpu) < 10_000
     machine = measure_machine(cpu)
     assert machine.device == "cpu"
-    assert machine.memory_gib == pytest.approx(available_gib(cpu), rel=0.2)
+    # an estimate counts the whole process, so what it holds before the model is loaded is free to it
+    assert 0.1 < machine.memory_gib - available_gib(cpu) < RUNTIME_GIB + 0.05
