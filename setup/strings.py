@@ -29,8 +29,8 @@ NAME_TAKEN = (
 )
 UNWRITABLE = "{path} cannot be written: {why}. Make it writable, or choose another folder with --results."
 STOPPING = (
-    "Stopping: training saves a checkpoint after this step, any other stage ends now. Press Ctrl-C again to abort at "
-    "once."
+    "Stopping: training saves a checkpoint and says how long that takes, any other stage ends now. Press Ctrl-C again "
+    "to abort at once."
 )
 KEYS_TRAIN = "s or Ctrl-C: save and stop   a twice, or Ctrl-C twice: abort without saving"
 KEYS_STAGE = "s or Ctrl-C: stop   a twice, or Ctrl-C twice: abort"

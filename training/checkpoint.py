@@ -89,6 +89,8 @@ class LoopState:
     """Length of metrics.jsonl after this step; a resume cuts the file there."""
     samples_bytes: int = 0
     """Length of samples.jsonl after this step."""
+    save_bytes_per_s: float | None = None
+    """How fast the checkpoint before this one was written; None where there was none."""
     maths: dict[str, Any] = field(default_factory=dict)
     """Every setting that changes the numbers; a resume refuses another value."""
 
@@ -98,7 +100,7 @@ _COUNTS = (
 )
 _OTHERS: dict[str, tuple[type, ...]] = {
     "best_eval_loss": (float, int, NoneType), "best_step": (int, NoneType), "pending": (bool,), "maths": (dict,),
-    "recent_losses": (list,),
+    "recent_losses": (list,), "save_bytes_per_s": (float, int, NoneType),
 }
 
 

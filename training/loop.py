@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from sparktune.setup.plan.errors import SparktuneError, StoppedResumable
+from sparktune.setup.plan.errors import SparktuneError
 from sparktune.setup.plan.outfolder import put_in_place
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
@@ -38,12 +38,12 @@ from sparktune.training.metrics import MetricsLog
 from sparktune.training.recovery import pass_over, recompute_more
 from sparktune.training.schedule import RunLength, learning_rate, tenth, warmup_length
 from sparktune.training.stop import StopRequest
+from sparktune.training.stopping import bytes_of_folder, far_from_its_end, stop_here, tell_stop
 
 __all__ = ["Batches", "SamplePrompt", "TrainingLoop"]
 
-
 class _GiveUp(Exception):
-    """The step in progress is given up: what stops the run cannot wait for its end."""
+    """The step in progress is given up: the stop does not wait for its end."""
 
 
 class Batches(Protocol):
@@ -110,6 +110,11 @@ class TrainingLoop:
         """The gradients of this process's first step have been looked at."""
         self._last_line_s = 0.0
         self._saved_step: int | None = self.state.step if self.state.step else None
+        self._began_s = 0.0
+        self.micro_batch_s = 0.0
+        """Seconds of a micro-batch of the step before."""
+        self.stop_told = False
+        """What the stop will take has been said."""
 
     # -- the loop
 
@@ -145,7 +150,7 @@ class TrainingLoop:
             StoppedResumable: memory ran short meanwhile; the step is done again when the run goes on.
             SparktuneError: the step must not be learned from, and the plan says stop.
         """
-        started = time.perf_counter()
+        self._began_s = time.perf_counter()
         step = self.state.step + 1
         epoch, first, last = self.length.where(step)
         batches: list[MicroBatch] = []
@@ -170,11 +175,13 @@ class TrainingLoop:
         self.state.position = self.length.position_after(step)
         self.state.tokens += tokens
         finite = loss is not None and math.isfinite(loss)
+        took = time.perf_counter() - self._began_s
+        self.micro_batch_s = took / len(batches)
         row = {
             "step": step, "epoch": round(self.length.epoch_after(step), 6), "loss": loss if finite else None, "lr": lr,
             "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None, "tokens": tokens,
             "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
-            "tok_per_s": round(tokens / (time.perf_counter() - started), 1),
+            "tok_per_s": round(tokens / took, 1),
             "peak_gib": round(peak_gib(self.engine.device), 3),
         }
         if bad is not None:
@@ -190,14 +197,14 @@ class TrainingLoop:
         Reading the two numbers is the step's only wait for the device; the optimiser runs while the next step begins.
         """
         supervised = self.train.supervised_tokens(epoch, first, last)
-        if not supervised:
-            batches += self._drawn(epoch, first, last, [])
-            return None, None
         try:
+            if not supervised:
+                batches += self._drawn(epoch, first, last, [])
+                return None, None
             loss, norm = self._try_pass(epoch, first, last, batches, supervised)
         except _GiveUp:
             self.engine.drop_gradients()
-            self._stop()
+            stop_here(self)
         assert sum(b.supervised_tokens for b in batches) == supervised, "the count the gradients were divided by"
         return loss, norm
 
@@ -222,8 +229,10 @@ class TrainingLoop:
     def _drawn(self, epoch: int, first: int, last: int, kept: list[MicroBatch]) -> Iterator[MicroBatch]:
         """Builds each micro-batch when the engine asks for it, while the device still works on the one before."""
         for index in range(first, last):
-            if self.stop.urgent:
-                raise _GiveUp
+            if self.stop.requested:
+                if self.stop.urgent or far_from_its_end(self, self._began_s, index - first, last - index):
+                    raise _GiveUp
+                tell_stop(self, finishing=self.state.step + 1)
             kept.append(self.train.micro_batch(epoch, index))
             yield kept[-1]
 
@@ -250,13 +259,15 @@ class TrainingLoop:
         step, total = self.state.step, self.length.total_steps
         ends = step == total
         self.state.pending = False
+        if self.stop.requested and not ends:
+            tell_stop(self)
         due = self.evaluation is not None and (step % self.eval_steps == 0 or ends)
         improved = False
         if due:
             value = self.evaluate()
             if value is None:
                 self.state.pending = True
-                self._stop()
+                stop_here(self)
             improved = self._note_evaluation(value)
         if step % self.sample_steps == 0 or ends:
             self.sample()
@@ -264,7 +275,7 @@ class TrainingLoop:
         if step and (step % self.save_steps == 0 or ends or keep_best):
             self.save()
         if self.stop.requested and not ends:
-            self._stop()
+            stop_here(self)
 
     def _note_time(self, what: str, how_much: float, began: float) -> None:
         self.spent[what][0] += how_much
@@ -319,9 +330,13 @@ class TrainingLoop:
         """Returns which checkpoint a run that ends here has."""
         return f"checkpoint-{self._saved_step} is still good" if self._saved_step else "there is no checkpoint yet"
 
+    def is_saved(self) -> bool:
+        """Says whether there is a checkpoint of this step as it stands."""
+        return self._saved_step == self.state.step and not self.state.pending
+
     def save(self) -> None:
         """Writes a checkpoint of this step, unless there is one."""
-        if self._saved_step == self.state.step and not self.state.pending:
+        if self.is_saved():
             return
         began = time.perf_counter()
         engine_state = self.engine.state()
@@ -337,20 +352,8 @@ class TrainingLoop:
         best = {self.state.best_step} if self.plan.early_stopping is not None and self.state.best_step else set()
         rotate(self.run.root, self.plan.keep_checkpoints, {step for step in best if step is not None})
         self._note_time("saves", 1, began)
+        self.state.save_bytes_per_s = bytes_of_folder(path) / (time.perf_counter() - began)
         self.say(f"step {self.state.step}: saved {path.name}")
-
-    def _stop(self) -> NoReturn:
-        """Saves and leaves, as the user asked. Before the first step there is nothing to save."""
-        if self.state.step == 0:
-            raise StoppedResumable(
-                f"Stopped before the first step, {self.stop.why}. Go on with: python train.py --config {self.run.plan}"
-            )
-        self.save()
-        path = self.run.checkpoint(self.state.step)
-        raise StoppedResumable(
-            f"Stopped after step {self.state.step} of {self.length.total_steps}, {self.stop.why}. Go on with: "
-            f"python train.py --resume-from-checkpoint {path}"
-        )
 
     def _take_best(self) -> None:
         """With early stopping, the result is the evaluation that was best, not the last one."""

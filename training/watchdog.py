@@ -39,14 +39,16 @@ class MemoryWatchdog:
         while not self._over.wait(PERIOD_S):
             self.looks += 1
             free = self._available_gib()
-            if free < self._floor_gib and not self._stop.requested:
+            if free >= self._floor_gib:
+                continue
+            self._stop.urgent = True  # also where a stop was asked for already
+            if not self._stop.requested:
                 self._stop.why = (
                     f"because only {free:.2f} GiB of memory is free and the system needs {self._floor_gib:.2f}; close "
                     "other programs, lower --pack-length or pass --recompute layer"
                 )
-                self._stop.urgent = True
                 os.kill(os.getpid(), signal.SIGTERM)
-                return
+            return
 
     def __enter__(self) -> MemoryWatchdog:
         self._thread.start()

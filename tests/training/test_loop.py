@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -494,6 +495,41 @@ def test_a_stop_that_cannot_wait_gives_the_step_up(tmp_path: Path) -> None:
     with pytest.raises(StoppedResumable, match=r"Stopped after step 6 of 12, because memory is short\. Go on with"):
         loop.run_to_end()
     resumed(tmp_path / "parts", ToyEngine()).run_to_end()
+    assert without_clock(tmp_path / "parts") == without_clock(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("at", "seconds", "kept", "when"), [
+    (1, 1.0, 2, "Stopping after step 2"), (1, 6.0, 1, "Stopping"), (3, 6.0, 1, "Stopping"), (5, 60.0, 2, "Stopping"),
+])
+def test_a_stop_finishes_the_step_only_where_that_is_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, seconds: float, kept: int, when: str
+) -> None:
+    """The stop comes in the `at`-th of step 2's five micro-batches, each of which takes `seconds`."""
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    make_loop(tmp_path / "whole", held_out=False, gradient_accumulation=5).run_to_end()
+    said: list[str] = []
+
+    clock = itertools.count(step=1e-3)
+    passes: list[int] = []
+
+    class Slow(ToyEngine):
+        def _sum(self, batch: MicroBatch) -> torch.Tensor:
+            passes.append(loop.state.step)
+            loop.stop.requested = passes.count(1) >= at
+            return super()._sum(batch)
+
+    engine = Slow()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock) + seconds * len(passes))
+    loop = make_loop(tmp_path / "parts", engine=engine, held_out=False, gradient_accumulation=5, say=said.append)
+    with pytest.raises(StoppedResumable, match=f"Stopped after step {kept} of 4, as you asked"):
+        loop.run_to_end()
+    monkeypatch.undo()
+    told = [text for text in said if text.startswith("Stopping")]
+    assert len(told) == 1
+    assert told[0] == (f"{when}: writing a checkpoint of 0.0 MB, about 1 s (a guess: this run has written none "
+                       "yet).")
+    resumed(tmp_path / "parts", ToyEngine(), gradient_accumulation=5).run_to_end()
     assert without_clock(tmp_path / "parts") == without_clock(tmp_path / "whole")
 
 

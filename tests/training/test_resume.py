@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -17,10 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparktune.setup.demo import make_model
+from sparktune.setup.plan.config import load_plan
 from sparktune.setup.plan.flags import add_plan_flags, given_flags
-from sparktune.training.checkpoint import checkpoints_of
+from sparktune.training import session as training_session
+from sparktune.training.checkpoint import checkpoints_of, validate
 from sparktune.training.loop import TrainingLoop
 from sparktune.training.session import run_session
+from sparktune.training.stopping import bytes_of_folder
+from sparktune.training.tower import TextTower
 
 pytestmark = pytest.mark.xdist_group("train-processes")
 
@@ -92,6 +98,27 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"step {step} was never reached")
 
 
+def in_time(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Sends SIGTERM; the checkpoint must be there, and the process gone, ten seconds after the time it foretells."""
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=240)
+    took = time.monotonic() - began
+    assert process.returncode == 75, err
+    told = re.findall(r"^Stopping.*: writing a checkpoint of ([\d.]+) ([GM])B, about (\d+) s \((.*)\)\.$", out,
+                      re.MULTILINE)
+    saved = re.findall(r"^step \d+: saved (checkpoint-\d+)$", out, re.MULTILINE)
+    assert len(told) == 1 or re.search(rf"resume-from-checkpoint \S+/{saved[-1]}$", err), out
+    if told:
+        assert took < int(told[0][2]) + 10.0, (told, took)
+        size, unit = float(told[0][0]), {"G": 1e9, "M": 1e6}[told[0][1]]
+        newest = re.search(r"--resume-from-checkpoint (\S+)", err)
+        assert newest
+        assert size * unit == pytest.approx(bytes_of_folder(Path(newest[1])), rel=0.05)
+        assert ("guess" in told[0][3]) == (len(saved) == 1)
+    return out, err
+
+
 def assert_same_end(one: Path, other: Path) -> None:
     assert metrics(one) == metrics(other)
     assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
@@ -129,9 +156,7 @@ def test_killed_and_stopped_runs_end_where_the_uninterrupted_one_does(
     # SIGTERM: a checkpoint at once and exit 75; then through the run's own plan.yaml, as the pipeline does
     stopped = start_train(*flags, "--name", "stopped")
     wait_for_step(results / "stopped", chance.randint(1, STEPS - 2), stopped)
-    stopped.send_signal(signal.SIGTERM)
-    _, err = stopped.communicate(timeout=120)
-    assert stopped.returncode == 75, err
+    out, err = in_time(stopped)
     assert "Go on with: python train.py --resume-from-checkpoint" in err
     assert session("--config", str(results / "stopped" / "plan.yaml"))[0] == 0
     assert_same_end(results / "whole", results / "stopped")
@@ -207,3 +232,74 @@ def test_a_second_signal_aborts(
     assert code == 130, err
     assert "Aborted" in err
     assert [p.name for p in checkpoints_of(tmp_path / "results" / "aborted")] == ["checkpoint-3"]
+
+
+def test_memory_that_runs_out_costs_nothing(
+    session: Session, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside a step an allocation fails; between two steps something else on the machine takes what was free."""
+    results, flags = tmp_path / "results", [*flags, "--max-steps", "6", "--eval-split", "0"]
+    assert session(*flags, "--name", "whole")[0] == 0
+
+    head_loss, refused = TextTower.head_loss, list[str]()
+
+    def short(tower: TextTower, *args: Any) -> torch.Tensor:
+        loss = head_loss(tower, *args)
+        if tower.dropout_calls == 8 and not refused:  # the second micro-batch of step 4
+            refused.append(tower.recompute)
+            torch.empty(2**50, dtype=torch.float64)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextTower, "head_loss", short)
+        code, out, err = session(*flags, "--name", "full")
+    assert code == 0, err
+    assert refused == ["none"]
+    assert re.search(r"Warning: out of memory at step 4 with recompute none \(.*(can't|not enough|Cannot).*\)\. The "
+                     r"step is done again, once, with recompute norms", out), out
+    assert load_plan(results / "full" / "plan.yaml").recompute == "norms"
+    losses = [[row["loss"] for row in metrics(results / name)] for name in ("whole", "full")]
+    assert losses[1][:4] == losses[0][:4]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # what is computed again adds gradients in another order
+
+    def free_gib() -> float:
+        rows = results / "short" / "metrics.jsonl"
+        return 0.1 if rows.exists() and '"step": 2,' in rows.read_text() else 8.0
+
+    slow = TrainingLoop.step
+
+    def step(loop: TrainingLoop) -> None:
+        slow(loop)
+        time.sleep(0.1)  # so that the watchdog, which looks five times a second, finds the run at work
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_session, "host_available_gib", free_gib)
+        patch.setattr(TrainingLoop, "step", step)
+        code, _, err = session(*flags, "--name", "short")
+    assert code == 75, err
+    stopped = re.search(r"Stopped after step ([2-5]) of 6, because only 0\.10 GiB of memory is free and the ", err)
+    assert stopped, err
+    assert checkpoints_of(results / "short")[0].name == f"checkpoint-{stopped[1]}"
+    assert session("--resume-from-checkpoint", str(results / "short"))[0] == 0
+    assert_same_end(results / "whole", results / "short")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_larger_model_stops_within_the_time_it_foretells_and_ten_seconds(
+    start_train: Train, smoke: Path, tmp_path: Path
+) -> None:
+    """72.5 M parameters, all of them trained: a checkpoint has 1.16 GB. Needs 3 GB of memory, 4 GB of disk."""
+    make_model(tmp_path / "larger", hidden=1024, layers=5, dtype="float32")
+    process = start_train(
+        "--mode", "full", "--engine", "native", "--model", tmp_path / "larger", "--train-data", smoke,
+        "--eval-split", "0", "--max-steps", "40", "--pack-length", "128", "--gradient-accumulation", "2",
+        "--learning-rate", "1e-4", "--save-steps", "2", "--keep-checkpoints", "1", "--no-tensorboard",
+        "--name", "larger",
+    )
+    wait_for_step(tmp_path / "results" / "larger", 3, process)
+    out, _ = in_time(process)
+    said = re.search(r"writing a checkpoint of 1\.1\d GB, about \d+ s \([\d.]+ MB a second, as the one before\)", out)
+    assert said, out
+    print(said[0])
+    validate(checkpoints_of(tmp_path / "results" / "larger")[0])
