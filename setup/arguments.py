@@ -13,7 +13,7 @@ from sparktune.setup import strings
 from sparktune.setup.machine.docker_backend import ImageOptions
 from sparktune.setup.plan.errors import UsageError
 from sparktune.setup.plan.flags import add_plan_flags, flag_of, given_flags
-from sparktune.setup.runstate import EVALUATION_FIELDS
+from sparktune.setup.runstate import EVALUATION_FIELDS, RESUME_FIELDS
 
 __all__ = ["COMMANDS", "WITH_RUN", "Arguments", "parse"]
 
@@ -24,6 +24,8 @@ _NAMED = {**dict.fromkeys(WITH_RUN, 1), "diagnose": 1, "runs": 8}
 """Command -> how many names it takes at most."""
 _WHERE = ("results", "output", "backend")
 """Fields that say where runs are and where they run, which commands on an existing run may be given."""
+_ANEW = {"evaluate": EVALUATION_FIELDS, "resume": RESUME_FIELDS}
+"""Command -> fields of an existing run's plan that it may be given anew."""
 _REBUILD = ("yes", "clean", "no")
 
 
@@ -124,10 +126,12 @@ def parse(argv: Sequence[str]) -> Arguments:
     if command == "push" and known.push_to is None:
         raise UsageError(strings.PUSH_WHERE)
     if command in (*WITH_RUN, "runs", "diagnose"):
-        allowed = (*_WHERE, *(EVALUATION_FIELDS if command == "evaluate" else ()))
+        allowed = (*_WHERE, *_ANEW.get(command, ()))
         refused = [flag_of(f) for f in flags if f not in allowed] + (["--config"] if known.config_file else [])
         if refused:
-            raise UsageError(strings.FLAGS_WITH_RUN.format(command=command, flags=", ".join(refused)))
+            anew = ", ".join(map(flag_of, RESUME_FIELDS)) if command == "resume" else ""
+            but = strings.FLAGS_OF_RESUME.format(flags=anew) if anew else ""
+            raise UsageError(strings.FLAGS_WITH_RUN.format(command=command, flags=", ".join(refused), but=but))
     if known.demo:
         refused = [flag_of(f) for f in flags if f not in _WHERE]
         refused += (["--config"] if known.config_file else []) + ([command] if command != "run" else [])

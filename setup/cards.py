@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from sparktune.setup.machine.symptoms import read_metrics
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Cleaned, DatasetReport, Plan, Recommendation
+from sparktune.setup.plan.untrusted import shell_word
 
 if TYPE_CHECKING:
     from sparktune.setup.outlook import Outlook  # stands on the pipeline, which shows these cards
@@ -238,7 +238,7 @@ def first_and_last_loss(rows: Sequence[dict[str, Any]]) -> tuple[float, float] |
 def next_steps(plan: Plan, run: RunDir) -> list[str]:
     """Returns the commands that make sense after a finished run."""
     return [
-        f"read the report  xdg-open {shlex.quote(str(run.report))}",
+        f"read the report  xdg-open {shell_word(str(run.report))}",
         f"talk to it       {strings.run_command('chat', run)}",
         *result_lines(plan, run),
     ]

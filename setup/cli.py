@@ -41,7 +41,7 @@ from sparktune.setup.plan.trainable import check_trainable
 from sparktune.setup.progress import make_display
 from sparktune.setup.replay import replay_command
 from sparktune.setup.runs import compare, compare_table, describe, runs_in, runs_table
-from sparktune.setup.runstate import EVALUATION_FIELDS
+from sparktune.setup.runstate import EVALUATION_FIELDS, RESUME_FIELDS
 from sparktune.setup.terminal import Terminal, json_text
 
 __all__ = ["main"]
@@ -230,7 +230,7 @@ def _resume(session: _Session, only: str | None = None) -> int:
     return resume_pipeline(
         _run_root(session), console=session.messages, plain=arguments.plain, json_out=arguments.json_out, only=only,
         backend=arguments.flags.get("backend"), image=arguments.image,
-        changes={f: getattr(session.plan(), f) for f in arguments.flags if f in EVALUATION_FIELDS},
+        changes={f: getattr(session.plan(), f) for f in arguments.flags if f in (*EVALUATION_FIELDS, *RESUME_FIELDS)},
     )
 
 

@@ -299,7 +299,7 @@ def resume_pipeline(
         only: run this stage alone, even if it is done (and the report after it).
         backend: where the rest runs; where the plan says when left out.
         image: what this start wants of the Docker image.
-        changes: fields of the plan that this start gives anew, of runstate's EVALUATION_FIELDS.
+        changes: fields of the plan that this start gives anew, of runstate's EVALUATION_FIELDS and RESUME_FIELDS.
 
     Returns:
         The exit code.
@@ -314,7 +314,8 @@ def resume_pipeline(
         with RunLock(run) as lock, stop_signals(display) as stop:
             remove_unfinished(run.root, run.merged, run.mtp("trained"), run.mtp("default"), run.gguf)
             if changes:
-                plan = Plan.model_validate({**plan.model_dump(), **changes})
+                origins = {**plan.origins, **dict.fromkeys(changes, "flag")}
+                plan = Plan.model_validate({**plan.model_dump(), **changes, "origins": origins})
                 check_evaluation(plan, run.results_root)  # before the plan keeps what no resume could do
                 save_plan(plan, run.plan)
             _run_stages(plan, run, lock, display, stop, only, image)

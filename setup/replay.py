@@ -10,6 +10,7 @@ from typing import Any
 from sparktune.setup import strings
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.schema import Plan
+from sparktune.setup.plan.untrusted import shell_word
 
 __all__ = ["replay_arguments", "replay_command"]
 
@@ -49,5 +50,5 @@ def replay_arguments(plan: Plan) -> list[str]:
 
 
 def replay_command(plan: Plan) -> str:
-    """Returns the whole command line, quoted for a shell."""
-    return f"{strings.run_script()} {shlex.join(replay_arguments(plan))}"
+    """Returns the whole command line, to be shown and pasted: each word quoted for a shell, on one line."""
+    return " ".join([strings.run_script(), *map(shell_word, replay_arguments(plan))])

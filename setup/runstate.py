@@ -16,8 +16,8 @@ from sparktune.setup.plan.schema import Plan
 from sparktune.setup.plan.untrusted import excerpt, is_figure, json_object_file
 
 __all__ = [
-    "DATA_FIELDS", "EVALUATION_FIELDS", "STAGES", "RunLock", "RunState", "fingerprint", "outputs_of", "stage_input",
-    "stages_of",
+    "DATA_FIELDS", "EVALUATION_FIELDS", "RESUME_FIELDS", "STAGES", "RunLock", "RunState", "fingerprint", "outputs_of",
+    "stage_input", "stages_of",
 ]
 
 STAGES = ("prepare", "train", "merge", "mtp", "gguf", "evaluate", "report")
@@ -29,11 +29,13 @@ DATA_FIELDS = (
 )
 EVALUATION_FIELDS = ("eval_prompts", "validator", "baseline", "eval_checkpoints")
 """Fields that say how a finished run is judged: `evaluate RUN` may give them anew."""
+RESUME_FIELDS = ("on_bad_step", "loss_spike")
+"""Fields that say what follows a bad step: `resume RUN` may give them anew, which is what a stop at one advises."""
 MTP_FIELDS = ("mtp", "mtp_head", "mtp_epochs", "mtp_learning_rate")
 _NOT_MATHS = (
     "name", "results", "output", "backend", "stack", "gguf", "resume_from_checkpoint", "schema_version", "origins",
     "kernels", "tracker", "tracker_project", "trial", "calibrate",
-    "on_bad_step", "loss_spike", *MTP_FIELDS, *EVALUATION_FIELDS,
+    *RESUME_FIELDS, *MTP_FIELDS, *EVALUATION_FIELDS,
 )
 _FIELDS: dict[str, tuple[str, ...]] = {"mtp": MTP_FIELDS, "gguf": ("gguf",), "evaluate": EVALUATION_FIELDS}
 

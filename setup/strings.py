@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
 import sparktune
 from sparktune.setup.plan.errors import ExitCode
 from sparktune.setup.plan.rundir import RunDir
+from sparktune.setup.plan.untrusted import shell_word
 
 STAGES = {
     "prepare": "Read and tokenise the data",
@@ -61,7 +61,7 @@ COMMANDS_HELP = """commands:
   doctor            check this machine, the model and the folders
   analyze           read the data and describe it; runs nothing else
   plan              show the complete plan with the reason of every value; runs nothing
-  resume RUN        go on with a stopped or failed run
+  resume RUN        go on with a stopped or failed run (--on-bad-step, --loss-spike may be given anew)
   runs [RUN ...]    list the runs; with two or more names, compare their plans, figures and answers
   evaluate RUN      evaluate a finished run again
   chat RUN          talk to the merged model of a run
@@ -112,8 +112,9 @@ KILLED = (
     "--pack-length, or pass --recompute layer."
 )
 FLAGS_WITH_RUN = (
-    "`{command} RUN` works on the plan in the run's folder; {flags} would change it. Start a new run instead."
+    "`{command} RUN` works on the plan in the run's folder; {flags} would change it. Start a new run instead.{but}"
 )
+FLAGS_OF_RESUME = " Of a plan, resume takes {flags}."
 DEMO_ALONE = "--demo brings its own data and model; drop {flags}."
 UNKNOWN_FLAG = "Unrecognised argument {given}; the nearest valid one is {nearest}."
 UNKNOWN_COMMAND = "There is no command {given}; the nearest one is {nearest}."
@@ -253,19 +254,20 @@ SLOW_OPS = "No fused kernel serves {ops}; plan.yaml says why of each."
 SLOW_LOG = "The log says: {line}"
 SLOW_SPEED = "{speed:,.0f} tok/s were reached, where {least:,.0f} are the least to expect ({source})."
 SLOW_PEAK = "The peak was {peak:.1f} GiB, where {predicted:.1f} were predicted."
+TRIAL_DAMAGED = "{count} of {rows} rows in {path} are damaged and left out of this table."
 TRIAL_NEXT = "When you like it, the whole run is:"
 
 
 def run_script() -> str:
     """Returns how to call run.sh from the current folder, quoted."""
     script = Path(sparktune.__file__).resolve().parents[2] / "run.sh"
-    return "./run.sh" if script.parent == Path.cwd() else shlex.quote(str(script))
+    return "./run.sh" if script.parent == Path.cwd() else shell_word(str(script))
 
 
 def run_command(command: str, run: RunDir) -> str:
     """Returns the call of `command` on `run`, as it works from the current folder."""
     where = run.name if run.results_root == Path.cwd() / "results" else os.fspath(run.root)
-    return f"{run_script()} {command} {shlex.quote(where)}"
+    return f"{run_script()} {command} {shell_word(where)}"
 
 
 def check_line(name: str, seen: str, fix: str) -> str:

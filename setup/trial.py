@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,7 +16,7 @@ from sparktune.setup.estimate import eta_table, run_eta
 from sparktune.setup.machine.detect import detect_machine
 from sparktune.setup.machine.diagnose import Finding
 from sparktune.setup.machine.speedbook import steady_tok_per_s
-from sparktune.setup.machine.symptoms import diagnose_source, read_metrics, reference_ops
+from sparktune.setup.machine.symptoms import diagnose_source, reference_ops
 from sparktune.setup.plan.arithmetic import training_flop
 from sparktune.setup.plan.eta import filled_share
 from sparktune.setup.plan.memory import longest_row_tokens, predict_peak
@@ -24,6 +25,7 @@ from sparktune.setup.plan.recommend import planned_steps
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 from sparktune.setup.plan.speeds import rate_for
+from sparktune.setup.plan.untrusted import json_rows
 from sparktune.setup.replay import replay_command
 
 __all__ = ["show_trial", "slowness", "whole_run"]
@@ -76,15 +78,15 @@ def slowness(
 def _figures(plan: Plan, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     losses = first_and_last_loss(rows)
     norms = [r["grad_norm"] for r in rows if r.get("grad_norm") is not None]
-    held_out = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
+    held_out = [r["eval_loss"] for r in rows if r.get("eval_loss") is not None]
     found = [("training loss", f"{losses[0]:.4f} -> {losses[1]:.4f}")] if losses else []
     if len(held_out) > 1:
-        change = (held_out[-1][1] / held_out[0][1] - 1) * 100
-        text = f"base {held_out[0][1]:.4f}, tuned {held_out[-1][1]:.4f} ({change:+.1f} %)"
+        change = (held_out[-1] / held_out[0] - 1) * 100 if held_out[0] else 0.0
+        text = f"base {held_out[0]:.4f}, tuned {held_out[-1]:.4f} ({change:+.1f} %)"
         found.append(("evaluation loss", text))
     if norms:
         found.append(("gradient norm", f"median {median(norms):.3g}, largest {max(norms):.3g}"))
-    peak = max((r["peak_gib"] for r in rows if "peak_gib" in r), default=None)
+    peak = max((r["peak_gib"] for r in rows if r.get("peak_gib") is not None), default=None)
     if peak is not None:
         found.append(("peak memory", f"{peak:.2f} GiB"))
     speed = steady_tok_per_s(rows)
@@ -95,15 +97,20 @@ def _figures(plan: Plan, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def show_trial(plan: Plan, run: RunDir, console: Console) -> None:
     """Prints what a finished trial showed and the command of the whole run."""
-    rows = read_metrics(run.metrics)
+    rows, damaged = json_rows(run.metrics)
+    asked, unread = _answers(run)
     card = table(strings.TRIAL_TITLE.format(steps=plan.max_steps, name=run.name))
     for name, text in _figures(plan, rows):
         card.add_row(name, escape(text))
-    for prompt, before, after in _answers(run):
+    for prompt, before, after in asked:
         card.add_row("asked", escape(prompt))
         card.add_row("  base", escape(before))
         card.add_row("  tuned", escape(after))
     console.print(card)
+    for path, count, good in ((run.metrics, damaged, len(rows)), unread):
+        if count:
+            text = strings.TRIAL_DAMAGED.format(count=count, rows=count + good, path=path)
+            console.print(text, style="yellow", soft_wrap=True, markup=False)
     spec, machine = probe(plan.model), detect_machine(plan.device, plan.output)
     report = DatasetReport.model_validate_json(run.data_report.read_text(encoding="utf-8"))
     why = slowness(plan, spec, report, machine, rows, diagnose_source(str(run.root), plan.results))
@@ -118,9 +125,13 @@ def show_trial(plan: Plan, run: RunDir, console: Console) -> None:
     print(strings.TRIAL_NEXT, replay_command(whole_run(plan)), sep="\n  ")
 
 
-def _answers(run: RunDir) -> list[tuple[str, str, str]]:
-    """(prompt, the base's answer, the tuned model's) of each sample prompt."""
+def _answers(run: RunDir) -> tuple[list[tuple[str, str, str]], tuple[Path, int, int]]:
+    """([(prompt, the base's answer, the tuned model's)], (their file, its damaged rows, its good ones))."""
     by_prompt: dict[str, list[str]] = {}
-    for row in read_metrics(run.samples):
-        by_prompt.setdefault(row["prompt"], []).append(row["answer"])
-    return [(p[:_ANSWER], a[0][:_ANSWER], a[-1][:_ANSWER]) for p, a in by_prompt.items() if len(a) > 1]
+    rows, damaged = json_rows(run.samples)
+    said = [(row.get("prompt"), row.get("answer")) for row in rows]
+    good = [(prompt, answer) for prompt, answer in said if isinstance(prompt, str) and isinstance(answer, str)]
+    for prompt, answer in good:
+        by_prompt.setdefault(prompt, []).append(answer)
+    asked = [(p[:_ANSWER], a[0][:_ANSWER], a[-1][:_ANSWER]) for p, a in by_prompt.items() if len(a) > 1]
+    return asked, (run.samples, damaged + len(rows) - len(good), len(good))

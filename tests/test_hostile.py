@@ -218,7 +218,7 @@ def test_the_command_that_makes_a_run_again_survives_a_shell(tmp_path: Path) -> 
     plan = Plan.model_construct(**{**Plan().model_dump(), **hostile})
     command = replay_command(plan)
     printed = command.replace(command.split(" ")[0], f"{sys.executable} -c 'import sys; print(ascii(sys.argv[1:]))'", 1)
-    shown = subprocess.run(["sh", "-c", printed], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(["bash", "-c", printed], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     words = ast.literal_eval(shown)
     for field, value in hostile.items():
         if flag_of(field) in command and field != "validator":

@@ -93,9 +93,9 @@ def _stop_for(loop: TrainingLoop, text: str, damaged: bool) -> NoReturn:
         kept = loop.still_good()
     raise SparktuneError(
         f"{text} Training stopped; {kept}. Mend or remove those rows, lower --learning-rate (now "
-        f"{loop.plan.learning_rate:g}), or go on without them: python train.py --resume-from-checkpoint "
-        f"{loop.run.root} --on-bad-step skip (or rewind, which also takes back what was learned since the last "
-        "checkpoint)."
+        f"{loop.plan.learning_rate:g}), or go on without them: ./run.sh resume {loop.run.name} --on-bad-step skip, or "
+        f"python train.py --resume-from-checkpoint {loop.run.root} --on-bad-step skip (or rewind, which also takes "
+        "back what was learned since the last checkpoint)."
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import ModelSpec, Plan
+from sparktune.setup.plan.untrusted import shell_word
 
 __all__ = ["modelfile", "result_lines", "serving_commands"]
 
@@ -53,21 +53,21 @@ def serving_commands(
         name: what Ollama shall call it.
     """
     hybrid = spec.model_type == "qwen3_5_text"
-    folder = shlex.quote(str(mtp or model))
+    folder = shell_word(str(mtp or model))
     vllm = f"vllm serve {folder}" + (" --language-model-only" if hybrid and spec.multimodal else "")
     sglang = f"python -m sglang.launch_server --model-path {folder}"
     if mtp is not None:
         draft = json.dumps({"method": "mtp", "num_speculative_tokens": _DRAFT_TOKENS}, separators=(",", ":"))
-        vllm += f" --speculative-config {shlex.quote(draft)}"
+        vllm += f" --speculative-config {shell_word(draft)}"
         sglang += (f" --speculative-algorithm NEXTN --speculative-draft-model-path {folder} --speculative-num-steps "
                    f"{_DRAFT_TOKENS} --speculative-eagle-topk 1 --speculative-num-draft-tokens {_DRAFT_TOKENS + 1}")
     commands = {"vLLM": vllm, "SGLang": sglang}
     if gguf is not None:
-        commands["llama.cpp"] = f"llama-server -m {shlex.quote(str(gguf))} --jinja" + (
+        commands["llama.cpp"] = f"llama-server -m {shell_word(str(gguf))} --jinja" + (
             " --spec-type draft-mtp" if mtp is not None else ""
         )
-        modelfile_path = shlex.quote(str(gguf.parent / "Modelfile"))
-        commands["Ollama"] = f"ollama create {shlex.quote(name.lower())} -f {modelfile_path}"
+        modelfile_path = shell_word(str(gguf.parent / "Modelfile"))
+        commands["Ollama"] = f"ollama create {shell_word(name.lower())} -f {modelfile_path}"
     return commands
 
 

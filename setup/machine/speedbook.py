@@ -63,7 +63,7 @@ def steady_tok_per_s(rows: Sequence[dict[str, Any]]) -> float | None:
     Args:
         rows: of metrics.jsonl.
     """
-    steps = [row for row in rows if row.get("tok_per_s")][_WARM_UP:]
+    steps = [row for row in rows if row.get("tok_per_s") and row.get("tokens")][_WARM_UP:]
     if len(steps) < _LEAST_STEPS:
         return None
     seconds = sum(row["tokens"] / row["tok_per_s"] for row in steps)
@@ -95,7 +95,7 @@ def _besides(
     rows: Sequence[dict[str, Any]], speed: float,
 ) -> list[Pace]:
     """What a training did besides its steps, with the work each took; nothing of a resumed run, whose parts differ."""
-    steps = [row for row in rows if row.get("tok_per_s")]
+    steps = [row for row in rows if row.get("tok_per_s") and row.get("tokens") and row.get("step")]
     ends = [row for row in read_metrics(run.stage_events("train")) if row.get("kind") == "end" and row.get("spent")]
     if len(steps) != steps[-1]["step"] or not ends:
         return []

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any, NoReturn
 
 __all__ = [
-    "excerpt", "is_figure", "json_object", "json_object_file", "json_rows", "printable", "whole_number",
-    "without_credentials",
+    "excerpt", "is_figure", "json_object", "json_object_file", "json_rows", "printable", "shell_word",
+    "whole_number", "without_credentials",
 ]
 
 _LARGEST = 2**63 - 1
@@ -94,6 +95,17 @@ def printable(text: str) -> str:
         c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
         for c in text
     )
+
+
+def shell_word(text: str) -> str:
+    """Returns `text` quoted for a shell, on one line, as a terminal may be given it and as it can be pasted.
+
+    What is no character to print becomes bytes in `$'...'`, which bash, zsh, ksh and POSIX.1-2024 read.
+    """
+    if text.isprintable():
+        return shlex.quote(text)
+    raw = text.encode("utf-8", "surrogateescape")
+    return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\{b:03o}" for b in raw) + "'"
 
 
 def without_credentials(text: str) -> str:

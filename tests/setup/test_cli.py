@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -189,6 +190,29 @@ def test_flags_may_stand_anywhere() -> None:
     for words in (["resume", "r", "--plain"], ["--plain", "resume", "r"], ["resume", "--plain", "r"]):
         asked = parse(words)
         assert (asked.command, asked.run, asked.plain) == ("resume", "r", True)
+
+
+def test_a_resume_takes_what_a_stop_at_a_bad_step_advises() -> None:
+    asked = parse(["resume", "r", "--on-bad-step", "skip", "--loss-spike", "0"])
+    assert asked.flags == {"on_bad_step": "skip", "loss_spike": 0.0}
+    with pytest.raises(UsageError, match=r"--seed would change it.* resume takes --on-bad-step, --loss-spike"):
+        parse(["resume", "r", "--on-bad-step", "skip", "--seed", "5"])
+    for command in ("evaluate", "chat"):
+        with pytest.raises(UsageError, match="--on-bad-step would change it"):
+            parse([command, "r", "--on-bad-step", "skip"])
+
+
+@pytest.mark.parametrize("word", ["\x1b[2J\x07", "a\nb\r\tc", "it's \\ \n $(touch PWNED) `touch PWNED` !!",
+                                  "\u202e\x9b31m é", "\udcff\udc80", "-\n"])
+def test_a_replay_command_can_be_shown_and_pasted(word: str, tmp_path: Path) -> None:
+    plan = Plan.model_construct(**{**Plan().model_dump(), "sample_prompts": [word, "plain"], "text_field": word,
+                                   "validator": ["judge", word]})
+    command = replay_command(plan)
+    assert command.isprintable()
+    shown = f"{sys.executable} -c 'import sys; print(ascii(sys.argv[1:]))' {command.partition(' ')[2]}"
+    done = subprocess.run(["bash", "-c", shown], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ast.literal_eval(done.stdout) == replay_arguments(plan)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_replay_command_makes_the_same_plan() -> None:

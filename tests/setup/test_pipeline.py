@@ -246,6 +246,18 @@ def test_a_refused_evaluation_leaves_the_plan_as_it_was(plan: Plan, backend: Scr
     assert resume(plan)[0] == 0
 
 
+def test_a_resume_may_say_anew_what_follows_a_bad_step(plan: Plan, backend: ScriptedBackend) -> None:
+    backend.behave({"train": {"code": 1, "error": "The loss is nan at step 3."}})
+    assert run(plan)[0] == 1
+    backend.behave({})
+    before = len(backend.calls())
+    code, said = resume(plan, changes={"on_bad_step": "skip", "loss_spike": 0.0})
+    assert code == 0, said
+    saved = load_plan(plan.results / "one" / "plan.yaml")
+    assert (saved.on_bad_step, saved.loss_spike, saved.origins["on_bad_step"]) == ("skip", 0.0, "flag")
+    assert backend.calls()[before:] == [stage for stage in STAGES if stage != "prepare"], "the tokens are still good"
+
+
 def test_resume_skips_what_is_unchanged_and_repeats_what_is_not(plan: Plan, backend: ScriptedBackend) -> None:
     run(plan)
     before = len(backend.calls())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +21,11 @@ from sparktune.setup.plan.config import load_plan
 from sparktune.setup.plan.memory import longest_row_tokens, predict_peak
 from sparktune.setup.plan.models import CATALOGUE, spec_from_config
 from sparktune.setup.plan.recommend import planned_steps, recommend
+from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, Machine, Plan
 from sparktune.setup.plan.speeds import rate_for
-from sparktune.setup.trial import slowness, whole_run
+from sparktune.setup.terminal import Terminal
+from sparktune.setup.trial import show_trial, slowness, whole_run
 
 SPEC = spec_from_config(CATALOGUE["Qwen/Qwen3.5-2B"], "Qwen/Qwen3.5-2B")
 H200 = Machine(
@@ -144,3 +149,23 @@ def test_a_trial_shows_gradients_memory_and_base_against_tuned(
     assert "--max-steps" not in again
     assert "--data" in again
     assert "--epochs 6" in again
+
+
+def test_damaged_rows_cost_the_table_their_own_lines_and_are_counted(
+    tried: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, _ = tried
+    shutil.copytree(place / "results" / "try", tmp_path / "try")
+    run = RunDir.from_root(tmp_path / "try", tmp_path / "output")
+    with run.samples.open("ab") as file:
+        file.write(b'{"step": 1, "answer": "no prompt"}\n{"prompt": ["a"], "answer": "b"}\n{"prompt": "cut\n[1]\n')
+    with run.metrics.open("ab") as file:
+        file.write(b'{"eval_loss": 1.0}\n{"step": 2, "eval_loss": null}\n{"tok_per_s": 5.0}\n{"loss": "low"}\n\x00\n')
+    text = io.StringIO()
+    show_trial(load_plan(run.plan), run, Terminal(file=text, width=200))
+    said = text.getvalue()
+    assert "What is 5 + 5?" in said
+    good = len(run.samples.read_bytes().splitlines()) - 4
+    assert f"4 of {good + 4} rows in {run.samples} are damaged and left out of this table." in said
+    assert re.search(rf"2 of \d+ rows in {re.escape(str(run.metrics))} are damaged", said)
+    assert "--non-interactive" in capsys.readouterr().out
