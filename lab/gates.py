@@ -7,7 +7,8 @@ called as a library in one script; 5 the GGUF round trip in one call, sizes in t
 another llama.cpp build than the converter's, and the adapter's task answered.
 
 On a CPU the model is the demo's; on a GPU gates 2 and 3 also run an 8B-shaped model with random weights, and gate 5
-holds its files against the published bands. Every gate is a process of its own, so that its peak is its own.
+holds its files against the published bands; `--only bands` makes those files anywhere. Every gate is a process of its
+own, so that its peak is its own.
 """
 
 from __future__ import annotations
@@ -215,6 +216,22 @@ def round_trip(work: Path) -> dict[str, Any]:
     return {"passed": good, "seen": "; ".join([sizes, *proofs])}
 
 
+def size_bands(work: Path) -> dict[str, Any]:
+    """Makes Q8_0 and Q4_K_M files of the 8B shape on any machine with 50 GB of disk; not one of the six."""
+    from sparktune.setup.export.gguf_export import export_gguf
+    from sparktune.setup.plan.events import NullEvents
+    from sparktune.setup.plan.models import probe
+
+    if not (work / "model").is_dir():
+        _prepare(work)
+    folder = work / "model-8b"
+    if not folder.is_dir():
+        make_8b(folder)
+    manifest = export_gguf(folder, work / "bands-gguf", ["q8_0", "q4_k_m"], "bands", NullEvents())
+    good, sizes = bands(manifest, probe(str(folder)).parameters)
+    return {"passed": good, "seen": sizes}
+
+
 def _other_build() -> Path:
     """Returns a folder with the pinned other build of llama.cpp, fetched once by pip with its hashes."""
     lock = ROOT / "requirements" / "gates.lock"
@@ -270,7 +287,7 @@ GATES = (
 
 
 def make_8b(folder: Path) -> Path:
-    """Writes an 8B-shaped Qwen3 with random weights, drawn on the GPU (16 GB in bf16)."""
+    """Writes an 8B-shaped Qwen3 with random weights (16 GB in bf16), drawn where there is a GPU, else slowly."""
     import torch
     from safetensors.torch import save_file
 
@@ -290,14 +307,15 @@ def make_8b(folder: Path) -> Path:
         "eos_token_id": eos,
     }
     (partial / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator("cuda").manual_seed(0)
+    device = _device()
+    generator = torch.Generator(device).manual_seed(0)
     shards: list[dict[str, Any]] = [{}]
     for name, shape in text_tower_shapes(probe(str(partial))).items():
         if sum(t.nbytes for t in shards[-1].values()) > 4 * 2**30:
             shards.append({})
-        drawn = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02, generator=generator)
+        drawn = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
         shards[-1][name] = (drawn + 1 if "norm" in name else drawn).cpu()
-    index = {}
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, partial / file)
@@ -340,12 +358,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs all gates and prints the table. Returns 0 when every gate passed, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="./install.sh --gates", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, help="folder to work in, kept; a temporary one when left out")
-    parser.add_argument("--only", choices=["prepare", *(g.name for g in GATES)], help="one gate alone, in this process")
+    parser.add_argument("--only", choices=["prepare", *(g.name for g in GATES), "bands"],
+                        help="one gate alone, in this process; bands: the files' sizes of an 8B shape on any machine")
     parser.add_argument("--json", action="store_true", help="the table as JSON on standard output")
     args = parser.parse_args(argv)
     if args.only:
-        work = _prepare if args.only == "prepare" else next(g.work for g in GATES if g.name == args.only)
-        found = work(args.work)
+        extra = {"prepare": _prepare, "bands": size_bands}
+        gate = extra.get(args.only) or next(g.work for g in GATES if g.name == args.only)
+        found = gate(args.work)
         (args.work / f"gate-{args.only}.json").write_text(json.dumps(found))
         return 0 if found["passed"] else 1
     with tempfile.TemporaryDirectory(prefix="sparktune-gates-") as scratch:
