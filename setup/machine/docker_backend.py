@@ -113,13 +113,19 @@ def needs_network(stage: str, plan: Plan) -> bool:
     return reads_hub(stage, plan)
 
 
+_SYSTEM = ("/usr/", "/bin/", "/sbin/", "/lib/", "/lib64/", "/etc/", "/proc/", "/sys/", "/dev/")
+
+
 def mounts_of(run: RunDir, plan: Plan) -> dict[str, str]:
     """Returns host folder -> mode ("rw" or "ro"); each is mounted where it is, so that a plan's paths stay valid."""
     written = (run.root, Path(plan.output).absolute(), _hub_cache(), _state_folder(), cache_dir("tokens"),
                cache_dir("cleaned"), cache_dir("llama.cpp"), cache_dir("locks"))
     found = {str(path): "rw" for path in written}
     head = Path(os.path.expanduser(plan.mtp_head)) if plan.mtp_head else None
-    for path in (plan.data, plan.eval_data, head, Path(os.path.expanduser(plan.model)), Path(_source_of(plan))):
+    # the user's own script; a program of the system is the image's
+    scripts = [Path(word) for word in plan.validator or () if os.path.isabs(word) and not word.startswith(_SYSTEM)]
+    read = (plan.data, plan.eval_data, head, Path(os.path.expanduser(plan.model)), Path(_source_of(plan)), *scripts)
+    for path in read:
         if path is not None and path.exists():
             real = path.absolute()
             folder = real if real.is_dir() else real.parent

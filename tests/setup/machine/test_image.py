@@ -177,6 +177,18 @@ def test_data_is_mounted_read_only_where_it_is(tmp_path: Path) -> None:
     assert mounts[str(tmp_path / "output")] == "rw"
 
 
+def test_a_validators_script_is_mounted_and_the_systems_programs_are_the_images(tmp_path: Path) -> None:
+    script = tmp_path / "checks" / "arithmetic.py"
+    script.parent.mkdir()
+    script.write_text("", encoding="utf-8")
+    run = RunDir(name="r", results_root=tmp_path / "results", output_root=tmp_path / "output")
+    plan = Plan(model="Qwen/Qwen3.5-2B", output=tmp_path / "output",
+                validator=["/usr/bin/env", "python3", str(script), "--strict", str(tmp_path / "no-such-file")])
+    mounts = mounts_of(run, plan)
+    assert mounts[str(script.parent)] == "ro"
+    assert not any(folder.startswith("/usr") for folder in mounts)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [([], 2, "usage"), (["--data"], 2, "needs a value"), (["--data", "/no/such", "--", "ls"], 2, "should be a folder"),
