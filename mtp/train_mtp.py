@@ -28,6 +28,7 @@ from sparktune.mtp.trainer import HeadTrainer, Recipe
 from sparktune.setup.data.cache import TokenDataset
 from sparktune.setup.plan.errors import ExitCode, SparktuneError, StoppedResumable, UsageError
 from sparktune.setup.plan.events import EventWriter, NullEvents
+from sparktune.setup.plan.intervals import tenth
 from sparktune.setup.plan.models import probe, resolve_model_dir
 from sparktune.setup.plan.weights import safetensors_header
 from sparktune.training import checkpoint as checkpoints
@@ -36,7 +37,7 @@ from sparktune.training.gpu_lock import hold_gpu
 from sparktune.training.memory import peak_gib, reset_peak
 from sparktune.training.model import TextTower, build_model, load_weights
 from sparktune.training.packing import PackPlan
-from sparktune.training.schedule import learning_rate, run_length, tenth, warmup_length
+from sparktune.training.schedule import learning_rate, run_length, warmup_length
 from sparktune.training.stop import StopRequest
 
 __all__ = ["HeadRun", "choose_pack_length", "load_tower", "train_head"]

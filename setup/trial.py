@@ -21,7 +21,6 @@ from sparktune.setup.plan.arithmetic import training_flop
 from sparktune.setup.plan.eta import filled_share
 from sparktune.setup.plan.memory import longest_row_tokens, predict_peak
 from sparktune.setup.plan.models import probe
-from sparktune.setup.plan.recommend import planned_steps
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 from sparktune.setup.plan.speeds import rate_for
@@ -118,8 +117,6 @@ def show_trial(plan: Plan, run: RunDir, console: Console) -> None:
         text = strings.TRIAL_SLOW.format(why=" ".join(why), log=run.log)
         console.print(text, style="yellow", soft_wrap=True, markup=False)
     whole = whole_run(plan)
-    steps = planned_steps(whole, report)
-    whole = whole.model_copy(update={"save_steps": max(1, round(steps / 10)), "eval_steps": max(1, round(steps / 10))})
     eta = run_eta(whole, spec, report, machine)
     console.print(eta_table(eta, whole, spec, report))
     print(strings.TRIAL_NEXT, replay_command(whole_run(plan)), sep="\n  ")

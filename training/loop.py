@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from sparktune.setup.plan.errors import SparktuneError
+from sparktune.setup.plan.intervals import tenth
 from sparktune.setup.plan.outfolder import put_in_place
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
@@ -36,7 +37,7 @@ from sparktune.training.health import HISTORY, check_first_gradients, damaged_te
 from sparktune.training.memory import is_out_of_memory, peak_gib
 from sparktune.training.metrics import MetricsLog
 from sparktune.training.recovery import pass_over, recompute_more
-from sparktune.training.schedule import RunLength, learning_rate, tenth, warmup_length
+from sparktune.training.schedule import RunLength, learning_rate, warmup_length
 from sparktune.training.stop import StopRequest
 from sparktune.training.stopping import bytes_of_folder, far_from_its_end, stop_here, tell_stop
 

@@ -33,8 +33,9 @@ from sparktune.setup.data.tokenizer import load_tokenizer
 from sparktune.setup.plan.arithmetic import training_flop
 from sparktune.setup.plan.config import load_plan
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
-from sparktune.setup.plan.eta import Calibration, times
+from sparktune.setup.plan.eta import Calibration
 from sparktune.setup.plan.events import EventKind
+from sparktune.setup.plan.intervals import times
 from sparktune.setup.plan.models import probe, resolve_model_dir
 from sparktune.setup.plan.outfolder import write_durably
 from sparktune.setup.plan.rundir import RunDir

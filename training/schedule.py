@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["RunLength", "learning_rate", "run_length", "tenth", "warmup_length"]
+__all__ = ["RunLength", "learning_rate", "run_length", "warmup_length"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,3 @@ def learning_rate(
         return peak
     done = (step - warmup) / (total_steps - warmup + 1)
     return peak * (1.0 - done) if shape == "linear" else peak * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def tenth(given: int | None, total_steps: int) -> int:
-    """Returns an interval in steps: the one given, else a tenth of the run."""
-    return given if given is not None else max(1, total_steps // 10)

@@ -20,6 +20,7 @@ from sparktune.setup.plan.basestorage import base_storage, check_base_storage
 from sparktune.setup.plan.config import save_plan
 from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
 from sparktune.setup.plan.flags import flag_of
+from sparktune.setup.plan.intervals import tenth
 from sparktune.setup.plan.memory import check_fits
 from sparktune.setup.plan.models import NATIVE_FAMILIES, is_adapter_folder, probe, resolve_model_dir
 from sparktune.setup.plan.recommend import apply, recommend
@@ -49,7 +50,7 @@ from sparktune.training.packing import PackPlan
 from sparktune.training.quantised import import_bitsandbytes
 from sparktune.training.runs import Request, open_request, open_run
 from sparktune.training.samples import sample_prompts, stop_ids
-from sparktune.training.schedule import run_length, tenth
+from sparktune.training.schedule import run_length
 from sparktune.training.stop import StopRequest
 from sparktune.training.unsloth_engine import UnslothEngine
 from sparktune.training.watchdog import MemoryWatchdog

@@ -20,6 +20,8 @@ from typing import IO, Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from sparktune.setup.plan.hostmemory import available_bytes
+
 __all__ = ["base_row", "read_base_row", "write_header"]
 
 _MAGIC = b"_logits_"
@@ -66,10 +68,7 @@ def _free_bytes(device: str) -> int:
     torch = importlib.import_module("torch")
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return available_bytes()
 
 
 def _load(folder: Path, device: str) -> tuple[Any, Any, str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel, ConfigDict, Field
 
 from sparktune.setup.plan.arithmetic import forward_flop, training_flop
+from sparktune.setup.plan.intervals import times
 from sparktune.setup.plan.recommend import planned_steps
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
 from sparktune.setup.plan.speeds import Rate, Speed, chip_of, rate_for
@@ -182,11 +183,6 @@ def training_work(
         "train: samples": asked * answer * (pauses["samples"] + 1),
         "train: saves": save_bytes * (pauses["saves"] + 1),  # and the result
     }
-
-
-def times(every: int | None, steps: int) -> int:
-    """How often a run of `steps` does what it does every so many (a tenth of the run if open), and at its end."""
-    return math.ceil(steps / (every or max(1, steps // 10)))
 
 
 def _besides(work: Mapping[str, float], paces: Sequence[Pace], chip: str, rate: Rate) -> dict[str, float]:

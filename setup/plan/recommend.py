@@ -8,6 +8,7 @@ from typing import Any
 from sparktune.setup.plan.basestorage import base_storage
 from sparktune.setup.plan.engines import choose_engine
 from sparktune.setup.plan.flags import flag_of
+from sparktune.setup.plan.intervals import tenth
 from sparktune.setup.plan.memory import PeakEstimate, cheapest_policy, longest_row_tokens, predict_peak
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan, Recommendation
 
@@ -62,10 +63,10 @@ def recommend(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machi
         reason = f"a trial: {_TRIAL_STEPS} steps, or a tenth of the whole run's {whole}"
         propose("max_steps", min(_TRIAL_STEPS, math.ceil(whole / 10)), reason, _HOUSE)
     steps = planned_steps(plan, report)
-    tenth = max(1, round(steps / 10))
-    propose("save_steps", tenth, f"a tenth of the run's {steps} steps: a crash costs at most that", _HOUSE)
+    every = tenth(None, steps)
+    propose("save_steps", every, f"a tenth of the run's {steps} steps: a crash costs at most that", _HOUSE)
     if report.eval_examples:
-        propose("eval_steps", tenth, f"ten evaluations over the run's {steps} steps, each before a checkpoint", _HOUSE)
+        propose("eval_steps", every, f"ten evaluations over the run's {steps} steps, each before a checkpoint", _HOUSE)
     for step in (_epochs, _held_out, _longest, _recompute, _mtp):
         for item in step(plan, spec, report, machine):
             propose(*item)

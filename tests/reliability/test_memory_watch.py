@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparktune.setup.export import hf_reference
 from sparktune.setup.plan.errors import PreflightError
 from sparktune.setup.plan.hostmemory import available_bytes, total_bytes
 from sparktune.training import memory
@@ -57,6 +58,11 @@ def test_a_groups_limit_counts_and_its_page_cache_is_free(tmp_path: Path, versio
     assert available_bytes(*machine(tmp_path, files)) == 3 * GIB  # 8 - 7 + 3 of cache - 1 of it a tmpfs's
     (tmp_path / folder / limit).write_text("1048576\n")
     assert total_bytes(*machine(tmp_path, {})) == 2**20  # the floor of a container is a hundredth of its own limit
+
+
+def test_a_model_beside_a_gguf_is_as_precise_as_its_group_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_reference, "available_bytes", lambda: 700 * 2**20)
+    assert hf_reference._free_bytes("cpu") == 700 * 2**20
 
 
 def test_a_real_group_is_read(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparktune.training.schedule import learning_rate, run_length, tenth, warmup_length
+from sparktune.setup.plan.intervals import tenth, times
+from sparktune.training.schedule import learning_rate, run_length, warmup_length
 
 
 def rates(shape: str, total: int, warmup: int) -> list[float]:
@@ -70,3 +71,4 @@ def test_parts_of_epochs_and_max_steps() -> None:
 
 def test_a_tenth_of_the_run_unless_given() -> None:
     assert [tenth(None, 5), tenth(None, 200), tenth(7, 200)] == [1, 20, 7]
+    assert [times(None, 5), times(None, 200), times(7, 200), times(None, 19)] == [5, 10, 29, 10]
