@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from sparktune.setup.data.read import read_rows
 from sparktune.setup.data.tokenizer import load_tokenizer
 from sparktune.setup.demo import make_model
-from sparktune.setup.plan.config import load_plan, read_config
-from sparktune.setup.plan.errors import PreflightError, UsageError
+from sparktune.setup.plan.config import load_plan, read_config, resolve
+from sparktune.setup.plan.errors import DataError, PreflightError, UsageError
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.rundir import RunDir, check_run_name
@@ -61,6 +62,21 @@ def test_a_name_is_one_folder_below_results(name: str) -> None:
     with pytest.raises(UsageError, match="--name") as caught:
         check_run_name(name)
     assert fit_for_a_screen(str(caught.value))
+
+
+@pytest.mark.parametrize("field", ["results", "output"])
+def test_a_link_to_the_root_of_the_file_system_is_no_folder_for_runs(field: str, tmp_path: Path) -> None:
+    (tmp_path / "rooted").symlink_to("/")
+    with pytest.raises(UsageError, match=f"--{field} .*rooted leads to /, the root of the file system"):
+        resolve({field: tmp_path / "rooted"}, {}, {}, {})
+    (tmp_path / "elsewhere").symlink_to(tmp_path)
+    resolve({field: tmp_path / "elsewhere"}, {}, {}, {})
+
+
+def test_a_pipe_for_data_is_refused_unopened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="it is a pipe or a device"):
+        next(iter(read_rows(tmp_path / "pipe")))
 
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/hostname", "a/../../x.safetensors", "..", "x\x00"])

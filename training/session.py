@@ -27,6 +27,7 @@ from sparktune.setup.plan.recommend import apply, recommend
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.setup.plan.trainable import TORCH_OPTIMIZERS
+from sparktune.setup.plan.weights import safetensors_index
 from sparktune.training import checkpoint as checkpoints
 from sparktune.training.adapters import read_adapter_config
 from sparktune.training.checkpoint import LoopState
@@ -146,6 +147,7 @@ def _train(
         _attach(run, events, log, own_log=not request.as_stage)
     refuse_unsupported(plan, spec, device)
     model_dir = resolve_model_dir(plan.model)
+    safetensors_index(model_dir)  # a base that was cut off is refused before the run takes its name
     tokenizer = load_tokenizer(str(model_dir))
     data = prepare(plan, spec, str(model_dir), events, tokenizer)
     plan = decide_plan(_as_adapter_says(plan), spec, data, device, events)

@@ -168,6 +168,8 @@ def _open(path: Path) -> BinaryIO:
     """Opens a data file after a look at its first bytes."""
     if path.is_dir():
         raise DataError(f"{path} should be a JSONL file; it is a folder. Name the file inside it.")
+    if path.exists() and not path.is_file():  # opening a pipe that nobody writes would wait for ever
+        raise DataError(f"{path} should be a JSONL file; it is a pipe or a device. Write the rows into a file first.")
     try:
         file = path.open("rb")
         head = file.read(8)
@@ -252,9 +254,8 @@ def _object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RowRefused(
-            "not_json", f"expected a JSON object, but column {error.colno}: {error.msg[:1].lower()}{error.msg[1:]}."
-        ) from error
+        what = (error.msg[:1].lower() + error.msg[1:]).removesuffix(" at")
+        raise RowRefused("not_json", f"expected a JSON object, but column {error.colno}: {what}.") from error
     except RecursionError as error:
         raise RowRefused("not_json", "the JSON is nested too deeply to be an example.") from error
     except ValueError as error:

@@ -219,6 +219,10 @@ def _folders(plan: Plan) -> Check:
     return Check(name="folders", status="ok", seen=f"{plan.results} and {plan.output} can be written")
 
 
+def _amount(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 0.1 else f"{gib * 1024:.1f} MiB"
+
+
 def _disk(plan: Plan, spec: ModelSpec | None) -> Check:
     if spec is None:
         return Check(name="disk", status="warning", seen="the need is not known: the model cannot be read")
@@ -231,8 +235,8 @@ def _disk(plan: Plan, spec: ModelSpec | None) -> Check:
     need = sum(stages.values())
     # two roots may lie on two disks; each must hold all, which errs on the safe side
     free = min(shutil.disk_usage(existing_parent(p)).free for p in (plan.results, plan.output)) / _GIB
-    parts = ", ".join(f"{stage} {gib:.1f}" for stage, gib in stages.items())
-    seen = f"{free:.1f} GiB free, this run writes about {need:.1f} GiB ({parts})"
+    parts = ", ".join(f"{stage} {_amount(gib)}" for stage, gib in stages.items())
+    seen = f"{_amount(free)} free, this run writes about {_amount(need)} ({parts})"
     if free < need:
         return Check(
             name="disk", status="failed", seen=seen,

@@ -374,7 +374,18 @@ def resolve(
             setattr(plan, field, Path(os.path.abspath(getattr(plan, field))))
     plan.origins = {f: origins.get(f, "default") for f in Plan.model_fields if f not in _BOOKKEEPING}
     _check_implied(plan)
+    _check_places(plan)
     return plan
+
+
+def _check_places(plan: Plan) -> None:
+    """Refuses the root of the file system, which a link can turn out to be: runs would lie beside /usr."""
+    for field in ("results", "output"):
+        given = getattr(plan, field)
+        if os.path.realpath(given) == os.path.abspath(os.sep):
+            raise UsageError(
+                f"{flag_of(field)} {given} leads to {os.sep}, the root of the file system. Give a folder of its own."
+            )
 
 
 def _found_files(words: list[Any]) -> list[Any]:
