@@ -292,6 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m sparktune.lab.storage_faults", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[*WORKS, "shard", "gguf"], action="append", help="only this; repeatable")
     parser.add_argument("--out", type=Path, help="append rows to this CSV")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # threads do not survive a fork
@@ -299,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="sparktune-faults-") as folder:
         place = Path(folder)
         (place / "models").mkdir()
-        for work in (WORKS | works_of_models(place / "models")).values():
+        works = WORKS if args.only and set(args.only) <= set(WORKS) else WORKS | works_of_models(place / "models")
+        for work in (work for name, work in works.items() if name in (args.only or works)):
             for what, tries in (("failing operations", faults_of), ("full filesystems", full_disks_of)):
                 began = time.monotonic()
                 trials, wrong = tries(work, place / f"{work.name}-{what[:4]}")
