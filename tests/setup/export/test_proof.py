@@ -178,7 +178,7 @@ def test_widths_that_do_not_divide_are_listed(tiny_base: Path, tools: Tools, tmp
 
 @pytest.mark.llama_cpp
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["q5_k_m", "q6_k", "q3_k_m", "q2_k", "iq4_xs", "iq2_xxs", "q4_0", "tq2_0"])
+@pytest.mark.parametrize("kind", ["q5_k_m", "q6_k", "q3_k_m", "q2_k", "iq4_xs", "iq2_xxs", "q4_0", "tq1_0", "tq2_0"])
 def test_other_types_are_made_and_proven(tiny_base: Path, tools: Tools, tmp_path: Path, kind: str) -> None:
     manifest = export_gguf(tiny_base, tmp_path / "out", [kind], "m", NullEvents(),
                            examples=lambda: examples_of_model(tiny_base))
