@@ -94,7 +94,7 @@ def _require(plan: Plan, why: str, confirmed: bool = True) -> None:
         with suppress(SparktuneError):  # what else is wrong with the model, the preflight says better
             spec = probe(plan.model)
             if not spec.native:
-                missing.append(f"--yes ({strings.HELP_CONFIRM.format(kind=spec.model_type)})")
+                missing.append(f"--yes ({strings.HELP_CONFIRM.format(why=spec.native_reason)})")
     if missing:
         raise UsageError(strings.NO_TERMINAL.format(why=why, missing=", ".join(missing)))
 

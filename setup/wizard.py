@@ -159,7 +159,7 @@ class Wizard:
         if spec.native or self._confirmed == spec.source:
             return "next" if asked else "skip"
         options: list[Option] = [("yes", strings.UNKNOWN_TAKE), ("no", strings.UNKNOWN_OTHER)]
-        picked = self.asker.choose(strings.ASK_UNKNOWN.format(kind=spec.model_type), options, "no", back)
+        picked = self.asker.choose(strings.ASK_UNKNOWN.format(why=spec.native_reason), options, "no", back)
         if picked == "yes":
             self._confirmed = spec.source
             return "next"

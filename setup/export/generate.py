@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparktune.setup.plan.errors import SparktuneError
+from sparktune.setup.plan.untrusted import excerpt
+
 __all__ = ["answer_all", "load", "mean_losses"]
 
 
@@ -16,6 +19,9 @@ def load(folder: Path, device: str, dtype: Any = None) -> tuple[Any, Any]:
         folder: the model; no code of it is run.
         device: cuda or cpu.
         dtype: torch dtype; bfloat16 on cuda and float32 on cpu when left out.
+
+    Raises:
+        SparktuneError: transformers cannot read the folder.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -24,13 +30,29 @@ def load(folder: Path, device: str, dtype: Any = None) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its advice on faster kernels is for training; in our log it would pose as a cause
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
     # A nested text config keeps the dtype of its file and wins over from_pretrained's argument.
     for part in (config, getattr(config, "text_config", None)):
         if part is not None:
             part.dtype = dtype
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
-    return model.to(device=device, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def _unreadable(folder: Path, error: Exception) -> SparktuneError:
+    said = " ".join(str(error).split())
+    return SparktuneError(
+        f"{folder} should be a model folder that transformers loads, because its answers are to be compared; it says: "
+        f"{excerpt(said)}. Weights in several files need their model.safetensors.index.json, which `save_pretrained` "
+        "writes."
+    )
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:

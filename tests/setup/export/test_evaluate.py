@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sparktune.setup.export import evaluate, sources
+from sparktune.setup.export import evaluate, generate, sources
 from sparktune.setup.export.sources import Asked, Questions, Source, sources_of
 from sparktune.setup.plan.config import save_plan
-from sparktune.setup.plan.errors import UsageError
+from sparktune.setup.plan.errors import SparktuneError, UsageError
 from sparktune.setup.plan.events import NullEvents
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
@@ -157,3 +157,12 @@ def test_a_checkpoint_answers_as_the_model_it_would_become(
     assert folder.is_relative_to(where.output_root)
     assert not folder.exists(), "the temporary merge is removed"
     assert [p.name for p in where.output_root.iterdir()] == ["r"]
+
+
+def test_a_base_that_transformers_cannot_load_is_a_sentence(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder, copy_function=os.link)
+    for weights in folder.glob("model*"):
+        weights.rename(folder / weights.name.replace("model", "part"))
+    with pytest.raises(SparktuneError, match=r"should be a model folder that transformers loads.*index\.json"):
+        generate.load(folder, "cpu")
