@@ -30,7 +30,7 @@ from sparktune.setup.machine.docker_backend import DockerBackend, ImageOptions
 from sparktune.setup.machine.doctor import machine_checks, run_checks
 from sparktune.setup.plan.config import load_plan, save_plan
 from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
-from sparktune.setup.plan.exports import check_evaluation
+from sparktune.setup.plan.exports import check_exports
 from sparktune.setup.plan.memory import check_fits
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.outfolder import remove_unfinished
@@ -316,7 +316,8 @@ def resume_pipeline(
             if changes:
                 origins = {**plan.origins, **dict.fromkeys(changes, "flag")}
                 plan = Plan.model_validate({**plan.model_dump(), **changes, "origins": origins})
-                check_evaluation(plan, run.results_root)  # before the plan keeps what no resume could do
+                # before the plan keeps what no resume could do; the folder may have moved since the plan was written
+                check_exports(plan.model_copy(update={"results": run.results_root}))
                 save_plan(plan, run.plan)
             _run_stages(plan, run, lock, display, stop, only, image)
         show_result(plan, run, json_out)

@@ -258,6 +258,23 @@ def test_a_resume_may_say_anew_what_follows_a_bad_step(plan: Plan, backend: Scri
     assert backend.calls()[before:] == [stage for stage in STAGES if stage != "prepare"], "the tokens are still good"
 
 
+def test_a_resume_may_ask_for_other_files_of_a_finished_run(
+    plan: Plan, backend: ScriptedBackend, tmp_path: Path,
+) -> None:
+    assert run(plan)[0] == 0
+    backend.behave({"gguf": {"salt": "another file"}})
+    code, said = resume(plan, changes={"gguf": ["bf16"]})
+    assert code == 0, said
+    assert backend.calls()[len(STAGES):] == ["gguf", "evaluate", "report"]
+    code, said = resume(plan, changes={"mtp_head": str(tmp_path / "no-such-head")})
+    assert code == 2
+    assert "--mtp-head" in said
+    assert load_plan(plan.results / "one" / "plan.yaml").gguf == ["bf16"], "and the plan keeps what was possible"
+    assert resume(plan, changes={"mtp_head": plan.model})[0] == 0
+    assert "train" not in backend.calls()[len(STAGES):]
+    assert "mtp" in backend.calls()[len(STAGES):]
+
+
 def test_resume_skips_what_is_unchanged_and_repeats_what_is_not(plan: Plan, backend: ScriptedBackend) -> None:
     run(plan)
     before = len(backend.calls())
