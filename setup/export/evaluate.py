@@ -187,7 +187,9 @@ def evaluate_run(stage: Stage) -> None:
     tokenizer = load_tokenizer(str(run.merged))
     questions = _questions(stage, tokenizer)
     rows: list[dict[str, Any]] = []
-    if not questions.prompts:
+    if not questions.prompts and not plan.eval_prompts:
+        events.message("No answers were compared, because --eval-prompts is 0.")
+    elif not questions.prompts:
         events.message("Nothing to answer: no --sample-prompt was given and no held-out row has a prompt.", "warning")
     else:
         order = sources_of(plan, run, _device(plan), events)

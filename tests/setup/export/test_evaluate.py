@@ -166,3 +166,14 @@ def test_a_base_that_transformers_cannot_load_is_a_sentence(tiny_base: Path, tmp
         weights.rename(folder / weights.name.replace("model", "part"))
     with pytest.raises(SparktuneError, match=r"should be a model folder that transformers loads.*index\.json"):
         generate.load(folder, "cpu")
+
+
+@pytest.mark.parametrize(("asked_for", "says"), [(0, "--eval-prompts is 0"), (4, "no held-out row has a prompt")])
+def test_why_nothing_was_asked(
+    run: tuple[Plan, RunDir], asked_for: int, says: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan, place = run
+    save_plan(plan.model_copy(update={"eval_prompts": asked_for, "sample_prompts": []}), place.plan)
+    monkeypatch.setattr(evaluate, "_questions", lambda *_: Questions(prompts=[], read=[], max_new_tokens=8))
+    assert evaluate.main(["--run", str(place.root)]) == 0
+    assert says in place.stage_events("evaluate").read_text(encoding="utf-8")
