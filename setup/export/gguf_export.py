@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -78,16 +79,21 @@ def _preflight(model_dir: Path, spec: ModelSpec) -> None:
         )
 
 
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|OSError: \d+ requested and \d+ written")
+"""The last is what numpy says of a write that came short."""
+
+
 def _explain(log: str, model_dir: Path) -> str:
     """Turns the converter's last words into a sentence."""
-    if "BPE pre-tokenizer was not recognized" in log:
+    if _DISK_FULL.search(log):
+        return "The disk filled up while llama.cpp's converter wrote. Free some space and start again."
+    # its warning of that is in every log of a demo's model, whose own rule stands in; the exception ends the converter
+    if "NotImplementedError: BPE pre-tokenizer was not recognized" in log:
         return (
             f"llama.cpp {COMMIT[:9]} does not know the tokenizer of {model_dir}: its pre-tokenizer check gives a hash "
             "that no published model has. With a guessed pre-tokenizer the file would split text differently from the "
             "model, so none is made. Use the base's own tokenizer files, unchanged."
         )
-    if "No space left on device" in log:
-        return "The disk filled up while llama.cpp's converter wrote. Free some space and start again."
     said = [line.strip() for line in log.splitlines() if line.strip()]
     return (
         f"llama.cpp's converter ({COMMIT[:9]}) refused {model_dir}: {said[-1] if said else 'it said nothing'}. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import tarfile
@@ -23,7 +24,7 @@ from sparktune.setup.export.evaluate import main as evaluate_main
 from sparktune.setup.export.generate import load
 from sparktune.setup.export.gguf import main
 from sparktune.setup.export.gguf_checks import check_file, judge, needed_bytes
-from sparktune.setup.export.gguf_export import _Export, export_gguf, read_manifest
+from sparktune.setup.export.gguf_export import _explain, _Export, export_gguf, read_manifest
 from sparktune.setup.export.gguf_map import from_gguf, to_gguf
 from sparktune.setup.export.merge import main as merge_main
 from sparktune.setup.export.prompts import Prompt, choose_prompts
@@ -338,6 +339,17 @@ def test_an_unknown_tokenizer_without_the_marker_is_an_error_that_explains(tiny_
     with pytest.raises(SparktuneError, match=r"does not know the tokenizer .* a hash that no published model has"):
         export_gguf(model, tmp_path / "out", ["bf16"], "m", NullEvents())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize(("ends", "says"), [
+    ("OSError: 196608 requested and 44544 written", "The disk filled up"),
+    ("OSError: [Errno 28] No space left on device", "The disk filled up"),
+    ("NotImplementedError: BPE pre-tokenizer was not recognized - update it", "does not know the tokenizer"),
+    ("ValueError: something else", r"refused .*: ValueError: something else"),
+])
+def test_the_converters_end_is_explained_by_its_last_words(ends: str, says: str) -> None:
+    warned = "WARNING:hf-to-gguf:** WARNING: The BPE pre-tokenizer was not recognized!"  # of every demo model
+    assert re.search(says, _explain(f"{warned}\nTraceback\n{ends}\n", Path("m")))
 
 
 def test_the_wrapper_wants_the_demos_marker_and_its_rule(tiny_base: Path, tmp_path: Path) -> None:
