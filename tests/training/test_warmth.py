@@ -66,11 +66,18 @@ def test_a_signal_reaches_the_rehearsal_and_nothing_is_tried_again(tmp_path: Pat
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def mine(number: int, frame: object) -> None:
+        raise AssertionError("the signal is the rehearsal's")
+
+    before = signal.signal(signal.SIGTERM, mine)
     presser = threading.Thread(target=press)
     presser.start()
-    assert _run(tmp_path, "wait", "0") == (130, "1 ")
-    presser.join()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the parent's own handlers are back"
+    try:
+        assert _run(tmp_path, "wait", "0") == (130, "1 ")
+        presser.join()
+        assert signal.getsignal(signal.SIGTERM) is mine, "the parent's own handlers are back"
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_new_compiled_files_make_the_first_attempt_cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
