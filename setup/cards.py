@@ -21,6 +21,7 @@ from sparktune.setup.machine.check import Check
 from sparktune.setup.machine.diagnose import Finding
 from sparktune.setup.machine.symptoms import read_metrics
 from sparktune.setup.plan.flags import flag_of
+from sparktune.setup.plan.outfolder import size_of
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Cleaned, DatasetReport, Plan, Recommendation
 from sparktune.setup.plan.untrusted import shell_word
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "checks_table", "findings_table", "first_and_last_loss", "flaws", "next_steps", "outlook_table", "plan_pages",
-    "plan_table", "report_tables", "result_table", "size_of", "table",
+    "plan_table", "report_tables", "result_table", "table",
 ]
 
 _ALWAYS = (
@@ -212,13 +213,6 @@ def outlook_table(found: Outlook) -> Table:
     for sentence in found.refusals:
         made.add_row(Text(strings.BLOCKED, "bold red"), escape(sentence))
     return made
-
-
-def size_of(path: Path) -> int:
-    """Returns the bytes of a file or of all files in a folder."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
 def _size(path: Path) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from sparktune.setup.plan.errors import SparktuneError
 from sparktune.setup.plan.intervals import tenth
-from sparktune.setup.plan.outfolder import put_in_place
+from sparktune.setup.plan.outfolder import put_in_place, size_of
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
 from sparktune.training.batch import MicroBatch
@@ -39,7 +39,7 @@ from sparktune.training.metrics import MetricsLog
 from sparktune.training.recovery import pass_over, recompute_more
 from sparktune.training.schedule import RunLength, learning_rate, warmup_length
 from sparktune.training.stop import StopRequest
-from sparktune.training.stopping import bytes_of_folder, far_from_its_end, stop_here, tell_stop
+from sparktune.training.stopping import far_from_its_end, stop_here, tell_stop
 
 __all__ = ["Batches", "SamplePrompt", "TrainingLoop"]
 
@@ -353,7 +353,7 @@ class TrainingLoop:
         best = {self.state.best_step} if self.plan.early_stopping is not None and self.state.best_step else set()
         rotate(self.run.root, self.plan.keep_checkpoints, {step for step in best if step is not None})
         self._note_time("saves", 1, began)
-        self.state.save_bytes_per_s = bytes_of_folder(path) / (time.perf_counter() - began)
+        self.state.save_bytes_per_s = size_of(path) / (time.perf_counter() - began)
         self.say(f"step {self.state.step}: saved {path.name}")
 
     def _take_best(self) -> None:

@@ -23,6 +23,7 @@ from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.intervals import tenth
 from sparktune.setup.plan.memory import check_fits
 from sparktune.setup.plan.models import NATIVE_FAMILIES, is_adapter_folder, probe, resolve_model_dir
+from sparktune.setup.plan.outfolder import size_of
 from sparktune.setup.plan.recommend import apply, recommend
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import ModelSpec, Plan
@@ -300,8 +301,7 @@ def _train_to_end(
     finally:
         loop.log.close()
     examine_result(loop, model_dir, events)
-    size = sum(path.stat().st_size for path in result.rglob("*") if path.is_file())
-    events.emit("artifact", path=str(result), bytes=size)
+    events.emit("artifact", path=str(result), bytes=size_of(result))
     events.message(f"Trained: {result}")
     events.emit("end", ok=True, spent=loop.spent)
 

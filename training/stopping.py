@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 from sparktune.setup.plan.errors import StoppedResumable
 from sparktune.setup.plan.eta import duration
+from sparktune.setup.plan.outfolder import size_of
 from sparktune.training.checkpoint import checkpoints_of
 
 if TYPE_CHECKING:
     from sparktune.training.loop import TrainingLoop
 
-__all__ = ["PATIENCE_S", "bytes_of_folder", "far_from_its_end", "save_in_words", "stop_here", "tell_stop"]
+__all__ = ["PATIENCE_S", "far_from_its_end", "save_in_words", "stop_here", "tell_stop"]
 
 PATIENCE_S = 5.0
 """A step that needs longer than this to its end is given up when a stop is asked for: half of the ten seconds that a
@@ -51,7 +51,7 @@ def tell_stop(loop: TrainingLoop, finishing: int | None = None) -> None:
         return
     loop.stop_told = True
     earlier = checkpoints_of(loop.run.root)
-    size = bytes_of_folder(earlier[0]) if earlier else _bytes_of_state(loop.engine.state())
+    size = size_of(earlier[0]) if earlier else _bytes_of_state(loop.engine.state())
     when = "Stopping" if finishing is None else f"Stopping after step {finishing}"
     loop.say(f"{when}: writing {save_in_words(size, loop.state.save_bytes_per_s)}.")
 
@@ -73,11 +73,6 @@ def stop_here(loop: TrainingLoop) -> NoReturn:
         f"Stopped after step {state.step} of {loop.length.total_steps}, {loop.stop.why}. Go on with: "
         f"python train.py --resume-from-checkpoint {loop.run.checkpoint(state.step)}"
     )
-
-
-def bytes_of_folder(folder: Path) -> int:
-    """Returns the bytes of all files in a checkpoint."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _bytes_of_state(state: Mapping[str, torch.Tensor]) -> int:

@@ -14,7 +14,7 @@ from sparktune.setup.plan.errors import PreflightError, SparktuneError, UsageErr
 
 __all__ = [
     "build_folder", "check_free_space", "copy_file", "gib", "link_or_copy", "put_in_place", "remove_unfinished",
-    "write_durably",
+    "size_of", "write_durably",
 ]
 
 _MARK = ".sparktune-partial"
@@ -27,6 +27,13 @@ _NO_RANGE_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, err
 def gib(n_bytes: int) -> str:
     """Returns a size for people: GiB with two digits, or MiB below a tenth of a GiB."""
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 / 10 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def size_of(path: Path) -> int:
+    """Returns the bytes of a file or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
 def check_free_space(folder: Path, needs_bytes: int, what: str) -> None:

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from sparktune.setup.demo import make_model
 from sparktune.setup.plan.config import load_plan
 from sparktune.setup.plan.flags import add_plan_flags, given_flags
+from sparktune.setup.plan.outfolder import size_of
 from sparktune.training import session as training_session
 from sparktune.training.checkpoint import checkpoints_of, validate
 from sparktune.training.loop import TrainingLoop
 from sparktune.training.session import run_session
-from sparktune.training.stopping import bytes_of_folder
 from sparktune.training.tower import TextTower
 
 pytestmark = pytest.mark.xdist_group("train-processes")
@@ -114,7 +114,7 @@ def in_time(process: subprocess.Popen[str]) -> tuple[str, str]:
         size, unit = float(told[0][0]), {"G": 1e9, "M": 1e6}[told[0][1]]
         newest = re.search(r"--resume-from-checkpoint (\S+)", err)
         assert newest
-        assert size * unit == pytest.approx(bytes_of_folder(Path(newest[1])), rel=0.05)
+        assert size * unit == pytest.approx(size_of(Path(newest[1])), rel=0.05)
         assert ("guess" in told[0][3]) == (len(saved) == 1)
     return out, err
 
