@@ -32,27 +32,20 @@ def load(folder: Path, device: str, dtype: Any = None) -> tuple[Any, Any]:
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     try:
         config = AutoConfig.from_pretrained(folder)
+        # A nested text config keeps the dtype of its file and wins over from_pretrained's argument.
+        for part in (config, getattr(config, "text_config", None)):
+            if part is not None:
+                part.dtype = dtype
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-    # A nested text config keeps the dtype of its file and wins over from_pretrained's argument.
-    for part in (config, getattr(config, "text_config", None)):
-        if part is not None:
-            part.dtype = dtype
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
+        said = " ".join(str(error).split())
+        raise SparktuneError(
+            f"{folder} should be a model folder that transformers loads, because its answers are to be compared; it "
+            f"says: {excerpt(said)}. Weights in several files need their model.safetensors.index.json, which "
+            "`save_pretrained` writes."
+        ) from error
     return model.to(device=device, dtype=dtype).eval(), tokenizer
-
-
-def _unreadable(folder: Path, error: Exception) -> SparktuneError:
-    said = " ".join(str(error).split())
-    return SparktuneError(
-        f"{folder} should be a model folder that transformers loads, because its answers are to be compared; it says: "
-        f"{excerpt(said)}. Weights in several files need their model.safetensors.index.json, which `save_pretrained` "
-        "writes."
-    )
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
