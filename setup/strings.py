@@ -61,7 +61,7 @@ COMMANDS_HELP = """commands:
   doctor            check this machine, the model and the folders
   analyze           read the data and describe it; runs nothing else
   plan              show the complete plan with the reason of every value; runs nothing
-  resume RUN        go on with a stopped or failed run (--on-bad-step, --loss-spike may be given anew)
+  resume RUN        go on with a stopped or failed run; --on-bad-step, --loss-spike, --mtp..., --gguf may be given anew
   runs [RUN ...]    list the runs; with two or more names, compare their plans, figures and answers
   evaluate RUN      evaluate a finished run again
   chat RUN          talk to the merged model of a run

@@ -15,7 +15,7 @@ from pathlib import Path
 
 __all__ = ["GaugeReader", "Gauges", "ask_nvidia_smi", "meminfo_gib", "query_gpu", "read_gauges"]
 
-_QUERY_S = 10.0
+_QUERY_S = 20.0
 _FIELDS = {
     "temperature_c": "temperature.gpu", "clock_mhz": "clocks.sm", "max_clock_mhz": "clocks.max.sm",
     "load_percent": "utilization.gpu", "power_w": "power.draw",
