@@ -4,6 +4,7 @@
     python train.py --mode lora --train-data data.jsonl --num-epochs 3 --pack --pack-length 5120 --save-steps 200
     python train.py --resume-from-checkpoint results/lora-2026-01-31-120000/checkpoint-1200
     python train.py --config results/RUN/plan.yaml
+    python train.py --gpus 4 ..., or torchrun --nproc-per-node 4 train.py ...
 
 Exit codes: 0 done, 1 failure, 2 usage, 3 machine or model, 4 data, 5 memory, 75 stopped with a checkpoint, 130 aborted.
 """
@@ -43,6 +44,8 @@ def main() -> int:
         help="time N steps of the plan in --config, write calibration.json beside it, and keep nothing else",
     )
     parser.add_argument("--attempt", type=int, default=None, help=argparse.SUPPRESS)  # see training/warmth.py
+    parser.add_argument("--node", default=None, metavar="I/N@HOST:PORT",
+                        help="this is machine I of N, each with --gpus ranks; machine 0 is HOST")
     add_plan_flags(parser, "train")
     args = parser.parse_args()
 
@@ -58,7 +61,19 @@ def main() -> int:
     warmth = Warmth(args.attempt) if args.rehearse is not None else None
     private_compilers(os.environ)
     flags = given_flags(args)
-    choice = engine_of_command(flags, args.config, os.environ, ROOT / "train.py", sys.argv[1:])
+    if args.rehearse is None:
+        from sparktune.training.launch import Node, gpus_of_command, launch
+
+        gpus = gpus_of_command(flags, args.config, os.environ)
+        if "WORLD_SIZE" not in os.environ and (gpus > 1 or args.node is not None):
+            try:
+                return launch(gpus, ROOT / "train.py", sys.argv[1:], None if args.node is None else Node.of(args.node))
+            except SparktuneError as error:
+                print(error, file=sys.stderr)
+                return error.exit_code
+    choice = None
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ranks train natively; no duel is fought by all at once
+        choice = engine_of_command(flags, args.config, os.environ, ROOT / "train.py", sys.argv[1:])
     if choice is not None and choice.engine == "unsloth":
         try:
             load_unsloth()  # before anything imports transformers

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparktune.setup import strings
+from sparktune.setup.cluster import KINDS
 from sparktune.setup.machine.docker_backend import ImageOptions
 from sparktune.setup.plan.errors import UsageError
 from sparktune.setup.plan.flags import add_plan_flags, flag_of, given_flags
@@ -63,6 +64,10 @@ class Arguments:
     """What the command push hands on: --push-to and its companions."""
     image: ImageOptions
     """What is wanted of the Docker image."""
+    script: str | None
+    """What the command plan writes a script for, instead of showing the plan."""
+    nodes: int
+    """Machines of that script."""
 
 
 def _make_parser() -> _Parser:
@@ -82,11 +87,19 @@ def _make_parser() -> _Parser:
     parser.add_argument("--rebuild", nargs="?", const="yes", default="no", choices=_REBUILD,
                         help=strings.HELP_REBUILD)
     parser.add_argument("--dev-mount", action="store_true", help=strings.HELP_DEV_MOUNT)
+    parser.add_argument("--as", dest="script", choices=KINDS, help=strings.HELP_AS)
+    parser.add_argument("--nodes", type=_count, default=1, metavar="N", help=strings.HELP_NODES)
     parser.add_argument("--push-to", metavar="OWNER/NAME", help=strings.HELP_PUSH_TO)
     parser.add_argument("--token-file", type=Path, metavar="FILE", help=strings.HELP_KEY_FILE)
     parser.add_argument("--public", action="store_true", help=strings.HELP_PUBLIC)
     add_plan_flags(parser, "run")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text} should be 1 to 4096")
+    return int(text)
 
 
 def _nearest(word: str, pool: Sequence[str]) -> str:
@@ -125,6 +138,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise UsageError(strings.PUSH_ALONE.format(flags=", ".join("--" + f.replace("_", "-") for f in given)))
     if command == "push" and known.push_to is None:
         raise UsageError(strings.PUSH_WHERE)
+    if (known.script or known.nodes != 1) and (command != "plan" or not known.script):
+        raise UsageError(strings.AS_ALONE)
     if command in (*WITH_RUN, "runs", "diagnose"):
         allowed = (*_WHERE, *_ANEW.get(command, ()))
         refused = [flag_of(f) for f in flags if f not in allowed] + (["--config"] if known.config_file else [])
@@ -142,5 +157,5 @@ def parse(argv: Sequence[str]) -> Arguments:
         config=known.config_file, demo=known.demo, non_interactive=known.non_interactive,
         dry_run=known.dry_run, json_out=known.json_out, plain=known.plain,
         yes=known.yes, push=_push_words(known),
-        image=ImageOptions(rebuild=known.rebuild, dev_mount=known.dev_mount),
+        image=ImageOptions(rebuild=known.rebuild, dev_mount=known.dev_mount), script=known.script, nodes=known.nodes,
     )

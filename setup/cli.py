@@ -17,9 +17,11 @@ from rich.markup import escape
 from sparktune.setup import strings
 from sparktune.setup.arguments import Arguments, parse
 from sparktune.setup.cards import checks_table, findings_table, plan_table, report_tables
+from sparktune.setup.cluster import cluster_script
 from sparktune.setup.machine.backends import chat_process, push_process
 from sparktune.setup.machine.detect import detect_machine
 from sparktune.setup.machine.doctor import failures, machine_checks, run_checks
+from sparktune.setup.machine.peers import reachable_boxes
 from sparktune.setup.machine.symptoms import diagnose_source, machine_symptoms
 from sparktune.setup.pipeline import (
     Analysis,
@@ -103,7 +105,12 @@ def _require(plan: Plan, why: str, confirmed: bool = True) -> None:
 
 
 def _doctor(session: _Session) -> int:
-    checks = run_checks(session.plan())
+    plan = session.plan()
+    checks = run_checks(plan)
+    if plan.peers and not failures(checks):
+        from sparktune.setup.machine.peer_checks import bandwidth_check  # the docker SDK, which others do not pay for
+
+        checks.append(bandwidth_check(plan))
     failed = failures(checks)
     if session.arguments.json_out:
         session.print_json({"ok": not failed, "checks": [c.as_json() for c in checks]})
@@ -149,6 +156,9 @@ def _plan_of(session: _Session, asked: Plan, made: Analysis | None) -> int:
         check_name_free(plan)
         plan, recommendations = decide(plan, analysis)
         check_trainable(plan, analysis.spec)
+        if session.arguments.script is not None:  # for other machines: their memory is theirs to check
+            print(cluster_script(plan, analysis.spec, session.arguments.script, session.arguments.nodes), end="")
+            return
         estimate = check_fits(plan, analysis.spec, analysis.report, analysis.machine)
         if session.arguments.json_out:
             session.print_json({
@@ -290,7 +300,7 @@ def _wizard(session: _Session) -> tuple[Plan, Analysis] | None:
     wizard = Wizard(
         asker=asker, flags=arguments.flags, config=session.config, env=os.environ, analyse=read, saved=_saved_answers(),
         machine=lambda plan: detect_machine(plan.device, plan.output), checks=machine_checks, previews=previews,
-        outlook=outlook,
+        outlook=outlook, boxes=reachable_boxes,
     )
     try:
         wizard.run()

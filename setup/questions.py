@@ -86,10 +86,13 @@ class Questions:
     machine: Machine
     check: Callable[[str, str], str | None]
     """Takes a field and a typed value, and returns what is wrong with it, or None."""
+    boxes: Sequence[str] = ()
+    """Other machines that could train too."""
 
     def ask(self, name: str, back: bool) -> Any:
         """Asks for one field. Returns its value as the config would take it, or BACK."""
-        special = {"model": self._ask_model, "data": self._ask_data, "gguf": self._ask_gguf, "name": self._ask_name}
+        special = {"model": self._ask_model, "data": self._ask_data, "gguf": self._ask_gguf, "name": self._ask_name,
+                   "peers": self._ask_peers}
         chosen = {
             "mode": (strings.ASK_MODE, strings.MODES), "mtp": (strings.ASK_MTP, strings.MTPS),
             "dedupe": (strings.ASK_DEDUPE, strings.DEDUPES), "redact_pii": (strings.ASK_REDACT, strings.REDACTS),
@@ -139,6 +142,15 @@ class Questions:
         options += [(v, v) for v in self.plan.gguf if v not in strings.GGUFS]
         picked = self.asker.choose_many(strings.ASK_GGUF, options, self.plan.gguf, back)
         return BACK if picked == [BACK] else picked
+
+    def _ask_peers(self, back: bool) -> Any:
+        if not self.boxes:
+            return self._ask_field("peers", back)
+        offered = dict.fromkeys([*self.boxes, *self.plan.peers])
+        options: list[Option] = [("none", strings.PEERS_ALONE)]
+        options += [(host, strings.PEERS_WITH.format(host=host)) for host in offered]
+        picked = self.asker.choose(strings.ASK_PEERS, options, self.plan.peers[0] if self.plan.peers else "none", back)
+        return picked if picked == BACK else [] if picked == "none" else [picked]
 
     def _ask_name(self, back: bool) -> Any:
         def check(typed: str) -> str | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import typing
-from typing import Any
+from typing import Any, Literal
 
 from sparktune.setup import strings
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.schema import Plan
 from sparktune.setup.plan.untrusted import shell_word
 
-__all__ = ["replay_arguments", "replay_command"]
+__all__ = ["plan_arguments", "replay_arguments", "replay_command"]
 
 _LEFT_OUT = ("name", "resume_from_checkpoint", "static_lora", "wrap_full_ft")
 """A name is taken once it was used; the two selectors are said by --engine and --mode, which are always there."""
@@ -38,10 +38,16 @@ def replay_arguments(plan: Plan) -> list[str]:
 
     A plan holds no tokens or passwords, so neither does the command.
     """
-    words = ["--non-interactive", "--model", plan.model]
+    return ["--non-interactive", *plan_arguments(plan, "run")]
+
+
+def plan_arguments(plan: Plan, surface: Literal["run", "train"]) -> list[str]:
+    """Returns the model and every value that differs from its default, as flags of run.sh or of train.py."""
+    words = ["--model", plan.model]
+    other = "train" if surface == "run" else "run"
     for field, info in Plan.model_fields.items():
         extra = typing.cast(dict[str, Any], info.json_schema_extra or {})
-        if field in _LEFT_OUT or field == "model" or extra.get("flags") is None or extra.get("surface") == "train":
+        if field in _LEFT_OUT or field == "model" or extra.get("flags") is None or extra.get("surface") == other:
             continue
         value = getattr(plan, field)
         if value is not None and value != info.get_default(call_default_factory=True):

@@ -78,6 +78,9 @@ PUSH_ALONE = "{flags} goes with the command push: ./run.sh push RUN --push-to OW
 PUSH_WHERE = "`push RUN` needs --push-to OWNER/NAME. Nothing is sent before you have seen what and said yes."
 HELP_DEMO = "make a tiny model and data here and take them through the whole journey"
 HELP_NON_INTERACTIVE = "never ask; name everything that is missing and stop"
+HELP_AS = "with the command plan: write the training as a script for torchrun, Slurm or SkyPilot on standard output"
+HELP_NODES = "with --as: machines that train together, each with --gpus GPUs"
+AS_ALONE = "--as and --nodes go with the command plan: ./run.sh plan --as torchrun --nodes 2 --gpus 1 --data FILE."
 HELP_CONFIG = "a plan.yaml, or the published YAML template; flags override it"
 HELP_DRY_RUN = "stop after the plan is complete (same as the command plan)"
 HELP_JSON = "the result as JSON on standard output"
@@ -208,6 +211,9 @@ MTPS = {
     "default": "d: the base model's own",
     "skip": "n: none",
 }
+ASK_PEERS = "Which machines train?"
+PEERS_ALONE = "this one"
+PEERS_WITH = "this one and {host}, which is on the fast link and lets you in"
 ASK_GGUF = "Which GGUF files?"
 GGUFS = {
     "q8_0": "8 bits, next to no loss", "bf16": "16 bits, exact",

@@ -37,7 +37,6 @@ SCREENS = ("machine", "model", "data", "lengths", "plan", "review")
 _RUN, _QUIT, _OTHER = "\0run", "\0quit", "\0other"
 _QUESTIONS = ("mode", "num_epochs", "eval_split", "mtp", "gguf", "name")
 """Asked one by one where the recommended plan is not taken as it is."""
-_REVIEWED = ("model", "data", *_QUESTIONS)
 _ANALYSED = (*DATA_FIELDS, "results", "output")
 """Fields whose change makes the analysis out of date."""
 _WHERE = ("results", "output")
@@ -75,6 +74,8 @@ class Wizard:
     """Rows as training sees them."""
     outlook: Callable[[Plan, Analysis], Outlook]
     """What a complete plan would take, and what stands against it."""
+    boxes: Callable[[], list[str]] = list
+    """Looks for other machines that could train too."""
     saved: dict[str, Any] = field(default_factory=dict)
     """Answers of an earlier session that was left."""
     answers: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +86,7 @@ class Wizard:
     """Those of the answers that differ from what they would be without: they count as flags."""
     _analysed: dict[str, Any] | None = None
     _seen: Machine | None = None
+    _boxes: list[str] | None = None
     _confirmed: str | None = None
     """The model of unknown architecture that the user agreed to."""
 
@@ -246,9 +248,16 @@ class Wizard:
             if picked == "next":
                 return "next"
             if picked == "ask":
-                self._walk(_QUESTIONS)
+                self._walk(self._questions())
                 return "again"
             shown = after
+
+    def _questions(self) -> tuple[str, ...]:
+        """The questions of the plan; with several GPUs, or a second machine, also how many of them train."""
+        if self._boxes is None:
+            self._boxes = self.boxes()
+        more = [("gpus", self._seen is not None and self._seen.gpus > 1), ("peers", bool(self._boxes))]
+        return (_QUESTIONS[0], *(name for name, offered in more if offered), *_QUESTIONS[1:])
 
     def _walk(self, names: tuple[str, ...]) -> None:
         """Asks for `names` in order; back goes to the question before, and from the first to the plan."""
@@ -286,10 +295,11 @@ class Wizard:
 
     def _reviewed(self, plan: Plan) -> list[str]:
         """Returns the fields of the review: all that somebody chose; on a low screen recommended ones stand apart."""
-        chosen = [n for n in Plan.model_fields if n not in _REVIEWED and plan.origins.get(n, "default") != "default"]
-        if len(_REVIEWED) + len(chosen) + _REVIEW_REST > self.asker.height:
+        reviewed = ("model", "data", *self._questions())
+        chosen = [n for n in Plan.model_fields if n not in reviewed and plan.origins.get(n, "default") != "default"]
+        if len(reviewed) + len(chosen) + _REVIEW_REST > self.asker.height:
             chosen = [n for n in chosen if plan.origins[n] != "recommendation" and n not in _WHERE]
-        return [*_REVIEWED, *chosen]
+        return [*reviewed, *chosen]
 
     def _line(self, name: str, plan: Plan, width: int) -> Option:
         value = getattr(plan, name)
@@ -345,7 +355,7 @@ class Wizard:
         plan = self.plan()
         questions = Questions(
             asker=self.asker, plan=plan, recommendations=self.recommendations, machine=self._seen or self.machine(plan),
-            check=self._objection,
+            check=self._objection, boxes=self._boxes or [],
         )
         answer = questions.ask(name, back)
         if answer == BACK:

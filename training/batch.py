@@ -41,6 +41,8 @@ class MicroBatch:
     """Indices of the examples in the token cache, in document order; padding documents are not listed."""
     real_tokens: int
     """Tokens that are not padding."""
+    place: int | None = None
+    """Number of its first pack in the whole run's order, if it has one: dropout masks follow from it."""
 
     @property
     def supervised_tokens(self) -> int:
@@ -53,7 +55,7 @@ class MicroBatch:
                 for f in ("ids", "position_ids", "cu_seqlens", "supervised_rows", "targets")}
         return MicroBatch(
             **move, cu_seqlens_cpu=self.cu_seqlens_cpu, max_seqlen=self.max_seqlen, examples=self.examples,
-            real_tokens=self.real_tokens,
+            real_tokens=self.real_tokens, place=self.place,
         )
 
 

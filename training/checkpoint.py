@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from sparktune.setup.plan.errors import PreflightError, SparktuneError
 from sparktune.setup.plan.outfolder import remove_unfinished
 from sparktune.setup.plan.untrusted import excerpt, json_object_file, whole_number
+from sparktune.training.spread import whole
 
 __all__ = [
     "CheckpointDamaged",
@@ -57,6 +58,7 @@ _SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }
+_SAFETENSORS_TYPES = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
 
 
 class CheckpointDamaged(SparktuneError):
@@ -129,7 +131,8 @@ def storage_error(error: OSError, doing: str) -> SparktuneError:
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes `tensors` in the safetensors format, one at a time, and fsyncs.
 
-    Unlike the library's writer it accepts views and never holds more than one tensor on the host.
+    Unlike the library's writer it accepts views and never holds more than one tensor on the host; of one whose rows
+    are spread over ranks it gathers them, for which the other ranks must ask for it too, in the same order.
     """
     header: dict[str, Any] = {}
     offset = 0
@@ -148,7 +151,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         out.write(len(encoded).to_bytes(8, "little"))
         out.write(encoded)
         for tensor in tensors.values():
-            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+            flat = whole(tensor.detach()).to("cpu").contiguous().reshape(-1)
             if flat.numel():
                 out.write(memoryview(flat.view(torch.uint8).numpy()))
         out.flush()
@@ -356,6 +359,14 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         if name not in self._names:
             raise KeyError(name)
         return self._file.get_tensor(name)
+
+    def kinds(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Returns name -> (type, shape), read from the file's header."""
+        found = {}
+        for name in self._names:
+            part = self._file.get_slice(name)
+            found[name] = (_SAFETENSORS_TYPES[part.get_dtype()], tuple(part.get_shape()))
+        return found
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names."""

@@ -21,8 +21,9 @@ class Engine(Protocol):
     def forward_backward(self, micro_batches: Iterable[MicroBatch], n_supervised: int) -> torch.Tensor:
         """Adds the gradients of sum(cross-entropy) / n_supervised over the micro-batches, taken one by one.
 
-        Returns the loss, a 0-d tensor on the device (reading it is the caller's synchronisation).
-        `n_supervised` counts the targets of the whole step, over all micro-batches (and ranks).
+        Returns this rank's share of the loss, a 0-d tensor on the device (reading it is the caller's synchronisation).
+        `n_supervised` counts the targets of the whole step, over all micro-batches and ranks. Called once a step: with
+        several ranks the gradients are those of all of them when it returns.
         """
 
     def gradient_norm(self) -> torch.Tensor:
@@ -58,5 +59,11 @@ class Engine(Protocol):
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores `state()` exactly. Raises ValueError naming missing, unexpected or misshapen entries."""
 
-    def export(self, folder: Path) -> None:
-        """Makes `folder` with the trained result in it: an adapter in PEFT's format, or the trained tensors."""
+    def lend(self) -> None:
+        """On a rank that writes nothing: takes part in what rank 0 needs to write `state()`."""
+
+    def export(self, folder: Path | None) -> None:
+        """Makes `folder` with the trained result in it: an adapter in PEFT's format, or the trained tensors.
+
+        None, on a rank that writes nothing: takes part in what rank 0 needs to write it.
+        """

@@ -17,7 +17,9 @@ import torch
 
 from sparktune.setup.plan.errors import SparktuneError
 from sparktune.training.batch import MicroBatch, documents
+from sparktune.training.distributed import World
 from sparktune.training.engine import Engine
+from sparktune.training.spread import local_rows
 
 __all__ = [
     "HISTORY", "MOST_IN_A_ROW", "BadStep", "broken_gradients", "check_first_gradients", "damaged_tensors",
@@ -120,13 +122,14 @@ def _spoils_gradient(engine: Engine, document: MicroBatch, above: float) -> bool
 
 
 def damaged_tensors(state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Returns the names of tensors that hold NaN or infinity. Allocates nothing of their size."""
-    named = [(name, tensor) for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()]
+    """Returns the names of tensors whose rows on this rank hold NaN or infinity. Allocates nothing of their size."""
+    here = {name: local_rows(tensor) for name, tensor in state.items()}
+    named = [(name, tensor) for name, tensor in here.items() if tensor.is_floating_point() and tensor.numel()]
     extremes = [torch.stack(torch.aminmax(tensor)).float().cpu() for _, tensor in named]
     return [name for (name, _), ends in zip(named, extremes, strict=True) if not ends.isfinite().all()]
 
 
-def check_first_gradients(engine: Engine, step: int, say: Callable[[str], None]) -> None:
+def check_first_gradients(engine: Engine, step: int, say: Callable[[str], None], world: World | None = None) -> None:
     """Looks at every gradient of a process's first step, which is not learned from yet: all there, zeros named.
 
     Raises:
@@ -140,7 +143,10 @@ def check_first_gradients(engine: Engine, step: int, say: Callable[[str], None])
             f"{some(missing)}. The model's forward pass does not use them; choose other --target-modules."
         )
     present = {name: gradient for name, gradient in found.items() if gradient is not None}
-    moves = torch.stack([gradient.ne(0).any() for gradient in present.values()]).tolist()
+    # of a spread tensor every rank sees its own rows
+    moves = (world or World()).largest(
+        torch.stack([gradient.ne(0).any() for gradient in present.values()]).to(torch.uint8)
+    ).tolist()
     zero = [name for name, any_ in zip(present, moves, strict=True) if not any_]
     expected = {name for name in zero if "lora_a" in name.lower() and step == 1}
     note = f"Step {step}: all {len(present)} trainable tensors have finite gradients"

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,23 +25,27 @@ from sparktune.setup.plan.schema import Plan
 from sparktune.training.batch import MicroBatch
 from sparktune.training.checkpoint import (
     LoopState,
-    load_engine_state,
     rotate,
     save_checkpoint,
     storage_error,
     sync_tree,
     validate,
 )
+from sparktune.training.distributed import World
 from sparktune.training.engine import Engine
-from sparktune.training.health import HISTORY, check_first_gradients, damaged_tensors, judge, some
+from sparktune.training.health import HISTORY, BadStep, check_first_gradients, damaged_tensors, judge, some
+from sparktune.training.heard import heard_state
 from sparktune.training.memory import is_out_of_memory, peak_gib
-from sparktune.training.metrics import MetricsLog
+from sparktune.training.metrics import MetricsLog, NoMetrics
 from sparktune.training.recovery import pass_over, recompute_more
 from sparktune.training.schedule import RunLength, learning_rate, warmup_length
 from sparktune.training.stop import StopRequest
 from sparktune.training.stopping import far_from_its_end, stop_here, tell_stop
 
 __all__ = ["Batches", "SamplePrompt", "TrainingLoop"]
+
+_STEPS_THAT_COMPILE = 2
+
 
 class _GiveUp(Exception):
     """The step in progress is given up: the stop does not wait for its end."""
@@ -52,6 +56,9 @@ class Batches(Protocol):
 
     def __len__(self) -> int:
         """Micro-batches of one epoch."""
+
+    def of_step(self, epoch: int, first: int, last: int) -> Iterator[MicroBatch]:
+        """Yields what this rank trains of micro-batches first..last - 1, each built when it is asked for."""
 
     def micro_batch(self, epoch: int, index: int) -> MicroBatch:
         """Returns one micro-batch, on the CPU."""
@@ -89,7 +96,7 @@ class TrainingLoop:
     decode: Callable[[Sequence[int]], str]
     stop_ids: Sequence[int]
     """Token ids that end an answer."""
-    log: MetricsLog
+    log: MetricsLog | NoMetrics
     state: LoopState
     stop: StopRequest
     say: Callable[[str], None]
@@ -97,6 +104,8 @@ class TrainingLoop:
     show: Callable[[str], None]
     """Takes one line of a step's figures."""
     max_new_tokens: int = 64
+    world: World = field(default_factory=World)
+    """The ranks that train together. All do the same in the same order; rank 0 alone writes."""
 
     def __post_init__(self) -> None:
         total = self.length.total_steps
@@ -110,6 +119,9 @@ class TrainingLoop:
         self._checked = False
         """The gradients of this process's first step have been looked at."""
         self._last_line_s = 0.0
+        self._slowest_s: float | None = None
+        """Of this process's steps, from the third on: the first ones compile."""
+        self._steps_here = 0
         self._saved_step: int | None = self.state.step if self.state.step else None
         self._began_s = 0.0
         self.micro_batch_s = 0.0
@@ -139,6 +151,7 @@ class TrainingLoop:
             )
         if self._saved_step != self.state.step:
             self.save()
+        self.world.enter("the end of the run")
         self._take_best()
         if self.state.passed_over:
             self.say(f"Warning: {self.state.passed_over} steps were passed over; warnings above name their rows.")
@@ -153,47 +166,53 @@ class TrainingLoop:
         """
         self._began_s = time.perf_counter()
         step = self.state.step + 1
+        self.world.enter(f"step {step}", self._slowest_s)
         epoch, first, last = self.length.where(step)
         batches: list[MicroBatch] = []
         lr = learning_rate(
             step, peak=self._peak(), total_steps=self.length.total_steps, warmup=self.warmup,
             shape=self.plan.lr_scheduler,
         )
-        loss, grad_norm = self._pass(epoch, first, last, batches)
-        bad = judge(loss, grad_norm, batches, self.state.recent_losses, self.plan.loss_spike)
+        loss, grad_norm, tokens, supervised = self._pass(epoch, first, last, batches)
+        bad = self._judged(loss, grad_norm, batches)
         if bad is not None:
             pass_over(self, step, bad, batches)
         else:
             if not self._checked:
                 self._checked = True
-                check_first_gradients(self.engine, step, self.say)
+                check_first_gradients(self.engine, step, self.say, self.world)
             self.engine.optimiser_step(lr)
             assert loss is not None, "a step without a loss is bad"
             self.state.recent_losses = [*self.state.recent_losses, loss][-HISTORY:]
             self.state.bad_in_a_row = 0
-        tokens = sum(batch.real_tokens for batch in batches)
         self.state.step = step
         self.state.position = self.length.position_after(step)
         self.state.tokens += tokens
         finite = loss is not None and math.isfinite(loss)
         took = time.perf_counter() - self._began_s
-        self.micro_batch_s = took / len(batches)
+        self.micro_batch_s = took / max(1, len(batches))
         row = {
             "step": step, "epoch": round(self.length.epoch_after(step), 6), "loss": loss if finite else None, "lr": lr,
             "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None, "tokens": tokens,
-            "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
+            "supervised_tokens": supervised,
             "tok_per_s": round(tokens / took, 1),
             "peak_gib": round(peak_gib(self.engine.device), 3),
         }
         if bad is not None:
             row["passed_over"] = bad.kind
+        self._steps_here += 1
+        if self._steps_here > _STEPS_THAT_COMPILE:
+            self._slowest_s = max(self._slowest_s or 0.0, took)
         self.log.step(row, self.length.total_steps)
         self._print(row)
 
     def _pass(
         self, epoch: int, first: int, last: int, batches: list[MicroBatch]
-    ) -> tuple[float | None, float | None]:
-        """Computes a step's gradients. Returns (loss, gradient norm), or twice None where nothing is supervised.
+    ) -> tuple[float | None, float | None, int, int]:
+        """Computes a step's gradients; `batches` takes this rank's micro-batches.
+
+        Returns (loss, gradient norm, tokens, supervised tokens) of all ranks together; twice None first where nothing
+        is supervised.
 
         Reading the two numbers is the step's only wait for the device; the optimiser runs while the next step begins.
         """
@@ -201,13 +220,24 @@ class TrainingLoop:
         try:
             if not supervised:
                 batches += self._drawn(epoch, first, last, [])
-                return None, None
+                return None, None, int(self.world.sums([sum(b.real_tokens for b in batches)])[0]), 0
             loss, norm = self._try_pass(epoch, first, last, batches, supervised)
         except _GiveUp:
             self.engine.drop_gradients()
             stop_here(self)
-        assert sum(b.supervised_tokens for b in batches) == supervised, "the count the gradients were divided by"
-        return loss, norm
+        loss, found, tokens = self.world.sums(
+            [loss, sum(b.supervised_tokens for b in batches), sum(b.real_tokens for b in batches)]
+        )
+        assert int(found) == supervised, "the count the gradients were divided by"
+        return loss, norm, int(tokens), supervised
+
+    def _judged(self, loss: float | None, grad_norm: float | None, batches: list[MicroBatch]) -> BadStep | None:
+        """Returns what is wrong with the step; the ranks agree, for each sees its own micro-batches alone."""
+        real = [batch for batch in batches if batch.real_tokens]
+        bad = judge(loss, grad_norm, real, self.state.recent_losses, self.plan.loss_spike)
+        if self.world.any(bad is not None) and bad is None:
+            bad = BadStep(kind="masked", what="Micro-batches of another rank have no supervised token")
+        return bad
 
     def _try_pass(
         self, epoch: int, first: int, last: int, batches: list[MicroBatch], supervised: int
@@ -219,7 +249,7 @@ class TrainingLoop:
                 both: list[float] = torch.stack([loss.double(), self.engine.gradient_norm().double()]).tolist()
                 return both[0], both[1]
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if again or not is_out_of_memory(error):
+                if again or not is_out_of_memory(error) or not self.world.alone:
                     raise
                 why = str(error).partition("\n")[0]
             batches.clear()  # out here the failed pass's frames are gone, and what they held
@@ -229,13 +259,13 @@ class TrainingLoop:
 
     def _drawn(self, epoch: int, first: int, last: int, kept: list[MicroBatch]) -> Iterator[MicroBatch]:
         """Builds each micro-batch when the engine asks for it, while the device still works on the one before."""
-        for index in range(first, last):
-            if self.stop.requested:
-                if self.stop.urgent or far_from_its_end(self, self._began_s, index - first, last - index):
+        for number, batch in enumerate(self.train.of_step(epoch, first, last)):
+            if self.stop.requested and self.world.alone:  # several ranks cannot leave a step at different places
+                if self.stop.urgent or far_from_its_end(self, self._began_s, number, last - first - number):
                     raise _GiveUp
                 tell_stop(self, finishing=self.state.step + 1)
-            kept.append(self.train.micro_batch(epoch, index))
-            yield kept[-1]
+            kept.append(batch)
+            yield batch
 
     def _peak(self) -> float:
         assert self.plan.learning_rate is not None, "resolved before the loop"
@@ -259,6 +289,7 @@ class TrainingLoop:
         """Evaluates, samples, saves and stops where due; at step 0 it says where the run starts from."""
         step, total = self.state.step, self.length.total_steps
         ends = step == total
+        self.world.enter(f"what follows step {step}")
         self.state.pending = False
         if self.stop.requested and not ends:
             tell_stop(self)
@@ -275,7 +306,7 @@ class TrainingLoop:
         keep_best = improved and self.plan.early_stopping is not None and step > 0
         if step and (step % self.save_steps == 0 or ends or keep_best):
             self.save()
-        if self.stop.requested and not ends:
+        if not ends and self.world.any(self.stop.requested):
             stop_here(self)
 
     def _note_time(self, what: str, how_much: float, began: float) -> None:
@@ -288,15 +319,20 @@ class TrainingLoop:
         began = time.perf_counter()
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         supervised = 0
-        for index in range(len(self.evaluation)):
-            if self.stop.requested:
+        count, ranks = len(self.evaluation), self.world.size
+        for start in range(0, count, ranks):
+            if self.world.any(self.stop.requested):
                 return None
+            # Spread weights are gathered by all ranks or by none: who has no batch left computes the last one again.
+            index = min(start + self.world.rank, count - 1)
             batch = self.evaluation.micro_batch(0, index)
-            supervised += batch.supervised_tokens
-            total += self.engine.loss_sum(batch)
-        mean = total.item() / supervised if supervised else math.nan  # waits for the device
+            found = self.engine.loss_sum(batch)
+            if start + self.world.rank < count:
+                supervised += batch.supervised_tokens
+                total += found
+        loss, targets = self.world.sums([total.item(), supervised])  # waits for the device
         self._note_time("evaluation", len(self.evaluation), began)
-        return mean
+        return loss / targets if targets else math.nan
 
     def _note_evaluation(self, value: float) -> bool:
         """Logs an evaluation loss. Returns whether it is the lowest so far."""
@@ -342,18 +378,25 @@ class TrainingLoop:
         began = time.perf_counter()
         engine_state = self.engine.state()
         damaged = damaged_tensors(engine_state)
-        if damaged:
+        if self.world.any(bool(damaged)):
             raise SparktuneError(
                 f"After step {self.state.step} {len(damaged)} tensors hold NaN or infinity: {some(damaged)}. No "
                 f"checkpoint was made of them; {self.still_good()}. Lower --learning-rate or try --dtype float32."
             )
         self.state.metrics_bytes, self.state.samples_bytes = self.log.sync()
-        path = save_checkpoint(self.run.root, self.state, engine_state, self.engine.export, self.result_name)
+        path = self.run.checkpoint(self.state.step)
+        if self.world.leads:
+            save_checkpoint(self.run.root, self.state, engine_state, self.engine.export, self.result_name)
+            best = {self.state.best_step} if self.plan.early_stopping is not None and self.state.best_step else set()
+            rotate(self.run.root, self.plan.keep_checkpoints, {step for step in best if step is not None})
+        else:
+            self.engine.export(None)
+            self.engine.lend()
+        self.world.meet()
         self._saved_step = self.state.step
-        best = {self.state.best_step} if self.plan.early_stopping is not None and self.state.best_step else set()
-        rotate(self.run.root, self.plan.keep_checkpoints, {step for step in best if step is not None})
         self._note_time("saves", 1, began)
         self.state.save_bytes_per_s = size_of(path) / (time.perf_counter() - began)
+        self.world.advise(f"{path.name} is whole: python train.py --resume-from-checkpoint {path}")
         self.say(f"step {self.state.step}: saved {path.name}")
 
     def _take_best(self) -> None:
@@ -362,19 +405,23 @@ class TrainingLoop:
         if self.plan.early_stopping is None or not best or best == self.state.step:
             return
         checkpoint = self.run.checkpoint(best)
-        if not checkpoint.is_dir():
+        if not self.world.any(self.world.leads and checkpoint.is_dir()):
             self.say(
                 f"Warning: {checkpoint}, which had the lowest evaluation loss, is gone; the result is step "
                 f"{self.state.step} instead."
             )
             return
-        validate(checkpoint)
-        self.engine.load_state(load_engine_state(checkpoint))
+        if self.world.leads:
+            validate(checkpoint)
+        self.engine.load_state(heard_state(self.world, checkpoint))
         self.say(f"The result is step {best}, which had the lowest evaluation loss.")
 
     def export(self) -> Path:
         """Writes `adapter/` or `weights/` and returns it; the folder appears by rename."""
         final = self.run.root / self.result_name
+        if not self.world.leads:
+            self.engine.export(None)
+            return final
         partial = self.run.root / f".{self.result_name}.partial"
         old = self.run.root / f".{self.result_name}.old"
         began = time.perf_counter()

@@ -12,7 +12,7 @@ from sparktune.setup.plan.events import EventWriter
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.training.checkpoint import LoopState
 
-__all__ = ["MetricsLog"]
+__all__ = ["MetricsLog", "NoMetrics"]
 
 
 def _open_at(path: Path, length: int, say: Callable[[str], None]) -> BinaryIO:
@@ -104,3 +104,23 @@ class MetricsLog:
         self._samples.close()
         if self._board is not None:
             self._board.close()
+
+
+class NoMetrics:
+    """What a rank other than 0 writes."""
+
+    def step(self, row: Mapping[str, Any], total_steps: int) -> None:
+        """Nothing."""
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sample(self, step: int, prompt: str, answer: str) -> None:
+        """Nothing."""
+
+    def sync(self) -> tuple[int, int]:
+        """Returns lengths that nobody reads."""
+        return 0, 0
+
+    def close(self) -> None:
+        """Nothing."""

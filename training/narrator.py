@@ -21,10 +21,14 @@ class Narrator(EventWriter):
 
     A run's name can follow from its data, so events may come before there is a run folder: they wait in memory until
     `attach` names the file.
+
+    Args:
+        speaks: false for a rank other than 0, which does what rank 0 does and says nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
         self.stage = "train"
+        self._speaks = speaks
         self._waiting: list[tuple[EventKind, dict[str, Any]]] = []
         self._writer: EventWriter | None = None
         self._log: TextIO | None = None
@@ -41,6 +45,8 @@ class Narrator(EventWriter):
 
     def line(self, text: str) -> None:
         """Prints a line that is no event, such as a step's figures."""
+        if not self._speaks:
+            return
         text = printable(text)  # a message may quote the data or a file's name
         try:
             print(text, flush=True)
@@ -50,6 +56,8 @@ class Narrator(EventWriter):
 
     def emit(self, kind: EventKind, **fields: Any) -> None:
         """Writes one event, and prints the kinds that people read."""
+        if not self._speaks:
+            return
         if self._writer is None:
             self._waiting.append((kind, fields))
         else:

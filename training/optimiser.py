@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from sparktune.training.distributed import World
 from sparktune.training.moments import make_moments
+from sparktune.training.spread import copy_into, split_spread
 
 __all__ = ["MasterAdamW"]
 
@@ -24,6 +26,7 @@ class MasterAdamW:
         eps: AdamW's epsilon.
         weight_decay: decoupled decay, applied to tensors of two and more dimensions only.
         max_grad_norm: largest global norm of the gradients; 0 does not clip.
+        world: the ranks over which parameters may be spread (training/sharding.py).
         optimizer: where and how finely the moments are kept (training/moments.py).
 
     Raises:
@@ -34,9 +37,10 @@ class MasterAdamW:
 
     def __init__(
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], *, betas: tuple[float, float], eps: float,
-        weight_decay: float, max_grad_norm: float, optimizer: str = "adamw",
+        weight_decay: float, max_grad_norm: float, optimizer: str = "adamw", world: World | None = None,
     ) -> None:
         self.max_grad_norm = max_grad_norm
+        self.world = world or World()
         self.keep_gradients = False
         """Zero gradients in place instead of dropping them."""
         self._norm: torch.Tensor | None = None
@@ -78,8 +82,23 @@ class MasterAdamW:
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
         """Returns the global norm of the gradients, a 0-d tensor on the device; nothing here synchronises."""
-        self._norm = torch.nn.utils.get_total_norm(self._gradients())
+        rows, gradients = split_spread(self._gradients())
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+        if rows:
+            squares = self.world.sum_on_device(torch.nn.utils.get_total_norm(rows).square())
+            self._norm = torch.sqrt(squares + self._norm.square())
         return self._norm
+
+    def gradients(self, learning: Sequence[bool]) -> list[torch.Tensor]:
+        """Returns the gradients of those that learn (one entry a tensor, in order), zeros made where there is none."""
+        found = []
+        for master, learns in zip(self._masters.values(), learning, strict=True):
+            if learns and master.grad is None:
+                master.grad = torch.zeros_like(master)
+            if learns:
+                assert master.grad is not None
+                found.append(master.grad)
+        return found
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> torch.Tensor:
@@ -88,8 +107,9 @@ class MasterAdamW:
         Returns the global norm before clipping, a 0-d tensor on the device; nothing here synchronises. A norm that was
         asked for just before is not computed again.
         """
-        gradients = self._gradients()
         norm = self.norm() if self._norm is None else self._norm
+        rows, gradients = split_spread(self._gradients())
+        gradients += rows
         if self.max_grad_norm > 0:
             scale = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(gradients, scale)
@@ -148,7 +168,7 @@ class MasterAdamW:
         if wrong:
             raise ValueError("; ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""))
         for name, own in mine.items():
-            own.copy_(state[name])
+            copy_into(own, state[name])
         self._round()
 
 

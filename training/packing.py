@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -105,21 +105,38 @@ class PackPlan:
 
     def work(self, epoch: int, first: int, last: int) -> tuple[int, int]:
         """Returns (tokens, sum of the documents' squared lengths) of micro-batches first..last - 1, as computed."""
-        tokens = squares = 0
-        for index in range(first, last):
-            packs = self.packs(epoch, index)
-            lengths = self._lengths[[example for pack in packs for example in pack]]
-            real = int(lengths.sum())
-            padding = self.static_length(packs) - real if self.pad else 0
-            tokens += real + padding
-            squares += int((lengths.astype(np.int64) ** 2).sum()) + padding**2
-        return tokens, squares
+        parts = [self.work_of(self.packs(epoch, index)) for index in range(first, last)]
+        return sum(tokens for tokens, _ in parts), sum(squares for _, squares in parts)
+
+    def work_of(self, packs: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """Returns (tokens, sum of the documents' squared lengths) of one micro-batch of `packs`, as computed."""
+        lengths = self._lengths[[example for pack in packs for example in pack]]
+        real = int(lengths.sum())
+        padding = self.static_length(packs) - real if self.pad else 0
+        return real + padding, int((lengths.astype(np.int64) ** 2).sum()) + padding**2
+
+    def place(self, epoch: int, index: int) -> int:
+        """Returns the number of micro-batch `index`'s first pack, counted over all epochs."""
+        return epoch * self.packs_per_epoch + index * self.per_device_batch_size
 
     def micro_batch(self, epoch: int, index: int) -> MicroBatch:
         """Returns micro-batch `index` of `epoch`, on the CPU."""
-        packs = self.packs(epoch, index)
+        return self.build(self.packs(epoch, index), self.place(epoch, index))
+
+    def of_step(self, epoch: int, first: int, last: int) -> Iterator[MicroBatch]:
+        """Yields micro-batches first..last - 1, each built when it is asked for."""
+        return (self.micro_batch(epoch, index) for index in range(first, last))
+
+    def build(self, packs: Sequence[Sequence[int]], place: int) -> MicroBatch:
+        """Returns the micro-batch of `packs`, whose first one has the number `place`."""
         examples = [example for pack in packs for example in pack]
-        return build_micro_batch(self.dataset, examples, pad_to=self.static_length(packs) if self.pad else None)
+        batch = build_micro_batch(self.dataset, examples, pad_to=self.static_length(packs) if self.pad else None)
+        return replace(batch, place=place)
+
+    def padding(self) -> MicroBatch:
+        """Returns a micro-batch that holds padding alone and teaches nothing."""
+        length = (self.pack_length or PAD_MULTIPLE) if self.pad else 1
+        return build_micro_batch(self.dataset, [], pad_to=length)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yields the micro-batches of epoch 0: one pass, for evaluation."""
@@ -167,14 +184,14 @@ def build_micro_batch(dataset: TokenDataset, examples: Sequence[int], pad_to: in
 
     Args:
         dataset: the token cache.
-        examples: indices into it, in document order; at least one.
+        examples: indices into it, in document order; none only with `pad_to`.
         pad_to: total tokens wanted; the difference becomes one trailing document without supervised rows.
 
     Raises:
-        ValueError: no examples, or `pad_to` is shorter than they are.
+        ValueError: no tokens at all, or `pad_to` is shorter than the examples are.
     """
-    if not examples:
-        raise ValueError("a micro-batch needs at least one example")
+    if not examples and not pad_to:
+        raise ValueError("a micro-batch needs at least one example, or padding")
     documents = [dataset[example] for example in examples]
     ids = [np.asarray(document_ids, dtype=np.int64) for document_ids, _ in documents]
     lengths = [len(document_ids) for document_ids in ids]
@@ -189,7 +206,7 @@ def build_micro_batch(dataset: TokenDataset, examples: Sequence[int], pad_to: in
         ids.append(np.full(pad_to - real, _PAD_ID, dtype=np.int64))
         lengths.append(pad_to - real)
     row_ids = np.concatenate(ids)
-    supervised_rows = np.concatenate(rows)
+    supervised_rows = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
     return MicroBatch(
         ids=torch.from_numpy(row_ids),

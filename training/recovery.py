@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NoReturn
 from sparktune.setup.plan.config import save_plan
 from sparktune.setup.plan.errors import MemoryBudgetError, SparktuneError
 from sparktune.training.batch import MicroBatch
-from sparktune.training.checkpoint import load_engine_state, load_loop_state, newest_valid, restore_rng
+from sparktune.training.checkpoint import LoopState, load_loop_state, newest_valid, restore_rng
 from sparktune.training.health import MOST_IN_A_ROW, BadStep, broken_gradients, damaged_tensors, guilty_lines, some
+from sparktune.training.heard import heard_resume_point, heard_state
 
 if TYPE_CHECKING:
     from sparktune.training.loop import TrainingLoop
@@ -73,6 +74,8 @@ def _describe(loop: TrainingLoop, step: int, bad: BadStep, batches: Sequence[Mic
     """Returns what is wrong with a step and where, in words, and whether the weights are what is wrong."""
     broken = broken_gradients(loop.engine) if bad.kind == "gradient" else ""
     damaged = damaged_tensors(loop.engine.state()) if bad.kind in ("loss", "gradient") else []
+    if not loop.world.alone:
+        return _describe_together(loop, step, bad, damaged)
     lines, guilty = guilty_lines(bad, loop.engine, batches, loop.train.lines)
     if damaged:
         lines, guilty = sorted({line for batch in batches for line in loop.train.lines(batch)}), False
@@ -80,6 +83,19 @@ def _describe(loop: TrainingLoop, step: int, bad: BadStep, batches: Sequence[Mic
     rows = f"{'line' if len(lines) == 1 else 'lines'} {some(lines)} of {loop.plan.data}"
     where = f"It comes from {rows}" if guilty else f"The step's examples are on {rows}"
     return f"{bad.what} at step {step}. {broken}{where}.", bool(damaged)
+
+
+def _describe_together(loop: TrainingLoop, step: int, bad: BadStep, damaged: list[str]) -> tuple[str, bool]:
+    """The same on several ranks. Going through the step document by document takes one process: all rows are named."""
+    loop.engine.drop_gradients()
+    epoch, first, last = loop.length.where(step)
+    whole_step = (loop.train.micro_batch(epoch, index) for index in range(first, last))
+    lines = sorted({line for batch in whole_step for line in loop.train.lines(batch)})
+    spoiled = loop.world.any(bool(damaged))
+    where = f": {some(damaged)}" if damaged else ""
+    broken = f"No row is to blame, the weights are damaged{where}. " if spoiled else ""
+    rows = f"{'line' if len(lines) == 1 else 'lines'} {some(lines)} of {loop.plan.data}"
+    return f"{bad.what} at step {step}. {broken}The step's examples are on {rows}.", spoiled
 
 
 def _stop_for(loop: TrainingLoop, text: str, damaged: bool) -> NoReturn:
@@ -100,12 +116,16 @@ def _stop_for(loop: TrainingLoop, text: str, damaged: bool) -> NoReturn:
 
 
 def _rewind(loop: TrainingLoop, text: str, damaged: bool) -> None:
-    checkpoint = newest_valid(loop.run.root, loop.say)
+    found = None
+    if loop.world.leads:
+        newest = newest_valid(loop.run.root, loop.say)
+        found = (newest, LoopState() if newest is None else load_loop_state(newest))
+    checkpoint, before = heard_resume_point(loop.world, found)
     if checkpoint is None:
         _stop_for(loop, text, damaged)
-    before = load_loop_state(checkpoint)
-    loop.engine.load_state(load_engine_state(checkpoint))
-    restore_rng(checkpoint)
+    loop.engine.load_state(heard_state(loop.world, checkpoint))
+    if loop.world.leads:
+        restore_rng(checkpoint)
     loop.state.recent_losses = before.recent_losses
     loop.state.passed_over += loop.state.step - before.step
     loop.say(

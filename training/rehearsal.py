@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ import torch
 
 from sparktune.setup.data.tokenise import prepare
 from sparktune.setup.data.tokenizer import load_tokenizer
-from sparktune.setup.plan.arithmetic import training_flop
 from sparktune.setup.plan.config import load_plan
 from sparktune.setup.plan.errors import ExitCode, SparktuneError
 from sparktune.setup.plan.eta import Calibration
@@ -41,23 +39,18 @@ from sparktune.setup.plan.outfolder import write_durably
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.training.checkpoint import LoopState
+from sparktune.training.dealing import StepCost
+from sparktune.training.decisions import decide_plan, device_of, refuse_unsupported
 from sparktune.training.gpu_lock import hold_gpu
 from sparktune.training.loop import TrainingLoop
 from sparktune.training.memory import peak_gib
 from sparktune.training.narrator import Narrator
 from sparktune.training.packing import PackPlan
-from sparktune.training.session import (
-    assemble,
-    decide_plan,
-    device_of,
-    examine_result,
-    prepare_torch,
-    refuse_unsupported,
-)
+from sparktune.training.session import assemble, examine_result, prepare_torch
 from sparktune.training.stop import StopRequest
 from sparktune.training.warmth import COLD, Warmth
 
-__all__ = ["Cold", "StepCost", "rehearse", "run_rehearsal", "spread_of", "steps_seconds"]
+__all__ = ["Cold", "rehearse", "run_rehearsal", "spread_of", "steps_seconds"]
 
 _WARM_UP = 3
 """Steps that compile kernels and capture graphs; their excess over a later step counts once."""
@@ -67,24 +60,6 @@ _LEAST_SPREAD = 0.03
 
 class Cold(Exception):
     """This process paid for what the machine keeps; a new one will find it there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCost:
-    """The arithmetic of a step, as a linear function of its tokens and of the sum of its documents' squared lengths."""
-
-    a_token: float
-    a_square: float
-
-    @classmethod
-    def of(cls, plan: Plan, spec: ModelSpec, supervised_share: float) -> StepCost:
-        """Returns the cost of a model's steps."""
-        zero, one = (training_flop(plan, spec, document=d, supervised_share=supervised_share) for d in (0.0, 1.0))
-        return cls(a_token=zero, a_square=one - zero)
-
-    def __call__(self, tokens: int, squares: int) -> float:
-        """Returns the FLOP of a step."""
-        return self.a_token * tokens + self.a_square * squares
 
 
 def _synchronised(device: torch.device) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
+import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,40 +16,44 @@ import torch
 
 from sparktune.setup.data.tokenise import PreparedData, prepare
 from sparktune.setup.data.tokenizer import ChatTokenizer, load_tokenizer
-from sparktune.setup.plan.basestorage import base_storage, check_base_storage
+from sparktune.setup.plan.basestorage import base_storage
 from sparktune.setup.plan.config import save_plan
-from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
-from sparktune.setup.plan.flags import flag_of
+from sparktune.setup.plan.errors import ExitCode, SparktuneError, StoppedResumable, UsageError
 from sparktune.setup.plan.intervals import tenth
 from sparktune.setup.plan.memory import check_fits
-from sparktune.setup.plan.models import NATIVE_FAMILIES, is_adapter_folder, probe, resolve_model_dir
+from sparktune.setup.plan.models import probe, resolve_model_dir
 from sparktune.setup.plan.outfolder import size_of
-from sparktune.setup.plan.recommend import apply, recommend
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import ModelSpec, Plan
-from sparktune.setup.plan.trainable import TORCH_OPTIMIZERS
 from sparktune.setup.plan.weights import safetensors_index
 from sparktune.training import checkpoint as checkpoints
-from sparktune.training.adapters import read_adapter_config
 from sparktune.training.checkpoint import LoopState
+from sparktune.training.dealing import DealtPacks, StepCost, refuse_ranks
+from sparktune.training.decisions import (
+    as_adapter_says,
+    decide_plan,
+    device_of,
+    maths_of,
+    refuse_unsupported,
+    with_engine,
+)
+from sparktune.training.distributed import Members, RankLost, World, is_collective
 from sparktune.training.engine_choice import Choice
 from sparktune.training.gpu_lock import hold_gpu
+from sparktune.training.heard import heard_plan, heard_resume_point, heard_state
 from sparktune.training.loop import TrainingLoop
 from sparktune.training.memory import (
     cap_allocator,
-    check_recompute_layers,
-    choose_recompute,
     host_available_gib,
     host_floor_gib,
     measure_machine,
     reset_peak,
 )
 from sparktune.training.merge_gap import write_merge_gap
-from sparktune.training.metrics import MetricsLog
+from sparktune.training.metrics import MetricsLog, NoMetrics
 from sparktune.training.narrator import Narrator
 from sparktune.training.native_engine import NativeEngine
 from sparktune.training.packing import PackPlan
-from sparktune.training.quantised import import_bitsandbytes
 from sparktune.training.runs import Request, open_request, open_run
 from sparktune.training.samples import sample_prompts, stop_ids
 from sparktune.training.schedule import run_length
@@ -57,17 +61,7 @@ from sparktune.training.stop import StopRequest
 from sparktune.training.unsloth_engine import UnslothEngine
 from sparktune.training.watchdog import MemoryWatchdog
 
-__all__ = [
-    "assemble", "decide_plan", "device_of", "examine_result", "prepare_torch", "refuse_unsupported", "run_session",
-]
-
-_MATHS = (
-    "model", "mode", "engine", "seed", "pack", "pack_length", "num_epochs", "max_steps", "per_device_batch_size",
-    "gradient_accumulation", "learning_rate", "lr_scheduler", "warmup_ratio", "warmup_steps", "optimizer",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm", "lora_r", "lora_alpha", "lora_dropout",
-    "use_rslora", "target_modules", "quantise_base", "double_quantise", "dtype", "device",
-)
-"""Plan fields that change the numbers. What shapes the data is in the token cache's key, stored beside them."""
+__all__ = ["assemble", "examine_result", "prepare_torch", "run_session"]
 
 
 def run_session(
@@ -81,44 +75,75 @@ def run_session(
         env: the environment.
         choice: the engine for a plan that leaves it open, decided before torch was imported.
     """
-    events, stop = Narrator(), StopRequest()
+    try:
+        world = World(members=Members.of(env))
+    except UsageError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    events, stop = Narrator(speaks=world.leads), StopRequest()
+    world.tell = lambda text, aloud: _say_error(events, text, aloud)
     stop.install()
     log: list[Path] = []
+    code = _guarded(lambda held: _train(flags, config, env, events, stop, log, held, choice, world),
+                    world, events, stop, log)
+    with contextlib.suppress(OSError):
+        events.close()
+    if code != ExitCode.OK and not world.alone:
+        sys.stdout.flush()
+        os._exit(code)  # collectives that will never end hold threads that an ordinary exit would wait for
+    return code
+
+
+def _guarded(
+    work: Callable[[ExitStack], None], world: World, events: Narrator, stop: StopRequest, log: list[Path]
+) -> ExitCode:
+    """Does the work; returns the exit code that it earned, after a sentence for the user if it failed."""
     try:
         with ExitStack() as held:
-            _train(open_request(flags, config, env), events, stop, log, held, choice)
+            work(held)
         return ExitCode.OK
     except SparktuneError as error:
         if error.__cause__ is not None:
             _keep_traceback(log)
-        return _refuse(events, str(error), error.exit_code)
+        if isinstance(error, RankLost):
+            world.wait_for_verdict()
+        if isinstance(error, StoppedResumable):  # all ranks agreed on it
+            _say_error(events, str(error), world.leads)
+            return error.exit_code
+        return _refuse(world, events, str(error), error.exit_code)
     except KeyboardInterrupt:
-        if not stop.aborted:
-            text = f"Stopped before the first step, {stop.why}: nothing was trained yet. Start it again."
-            return _refuse(events, text, ExitCode.STOPPED)
-        return _refuse(events, "Aborted; the last checkpoint is still good.", ExitCode.INTERRUPTED)
+        code = ExitCode.INTERRUPTED if stop.aborted else ExitCode.STOPPED
+        text = "Aborted; the last checkpoint is still good." if stop.aborted else (
+            f"Stopped before the first step, {stop.why}: nothing was trained yet. Start it again."
+        )
+        _say_error(events, text, world.leads)
+        return code
     except (torch.OutOfMemoryError, MemoryError) as error:
         where = _keep_traceback(log)
         fix = "Lower --pack-length or --max-seq-length, or pass --recompute layer"
-        return _refuse(events, f"Out of memory: {error}. {fix}. Details: {where}", ExitCode.MEMORY)
+        return _refuse(world, events, f"Out of memory: {error}. {fix}. Details: {where}", ExitCode.MEMORY)
     except OSError as error:
         _keep_traceback(log)
         refusal = checkpoints.storage_error(error, "the run's files")
-        return _refuse(events, str(refusal), refusal.exit_code)
+        return _refuse(world, events, str(refusal), refusal.exit_code)
     except Exception as error:  # whatever else goes wrong is a bug, which a user meets as a sentence and a file
+        if not world.alone and is_collective(error):
+            world.wait_for_verdict()
         where = _keep_traceback(log)
         what = f"{type(error).__name__}: {error}"
-        return _refuse(events, f"Training failed unexpectedly ({what}). Details: {where}", ExitCode.FAILURE)
-    finally:
-        with contextlib.suppress(OSError):
-            events.close()
+        return _refuse(world, events, f"Training failed unexpectedly ({what}). Details: {where}", ExitCode.FAILURE)
 
 
-def _refuse(events: Narrator, text: str, code: ExitCode) -> int:
+def _refuse(world: World, events: Narrator, text: str, code: ExitCode) -> ExitCode:
+    _say_error(events, text, world.fails(text, code))
+    return code
+
+
+def _say_error(events: Narrator, text: str, aloud: bool) -> None:
     with contextlib.suppress(OSError):  # the disk that caused the refusal may refuse this too
         events.message(text, "error")
-    print(text, file=sys.stderr, flush=True)
-    return code
+    if aloud:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _keep_traceback(log: list[Path]) -> Path:
@@ -134,25 +159,49 @@ def _keep_traceback(log: list[Path]) -> Path:
 
 
 def _train(
-    request: Request, events: Narrator, stop: StopRequest, log: list[Path], held: ExitStack, choice: Choice | None
+    flags: Mapping[str, Any], config: Path | None, env: Mapping[str, str], events: Narrator, stop: StopRequest,
+    log: list[Path], held: ExitStack, choice: Choice | None, world: World,
 ) -> None:
-    plan = _with_engine(request.plan, choice, events)
-    for note in request.notes:
-        events.message(note, "warning")
-    spec = probe(plan.model)
-    device = device_of(plan)
+    """The whole session of one rank: rank 0 reads the command line and decides, the others hear of it."""
+    world.join()
+    request = run = None
+    if world.leads:
+        before = world.recall()  # the run of the ranks that torchrun started before these
+        request = open_request(flags, config, env) if before is None else open_request(
+            {"resume_from_checkpoint": Path(before)}, None, env
+        )
+        for note in request.notes:
+            events.message(note, "warning")
+    plan = heard_plan(world, None if request is None else with_engine(request.plan, choice, events))
+    spec, device = probe(plan.model), device_of(plan, world.members)
     held.enter_context(hold_gpu(device, plan.name or "that is being started"))
-    run = None
-    if request.existing is not None:  # its folder takes the events and errors of everything that follows
+    if request is not None and request.existing is not None:  # its folder takes the events and errors that follow
         run = open_run(request, plan, held)
         _attach(run, events, log, own_log=not request.as_stage)
     refuse_unsupported(plan, spec, device)
-    model_dir = resolve_model_dir(plan.model)
-    safetensors_index(model_dir)  # a base that was cut off is refused before the run takes its name
-    tokenizer = load_tokenizer(str(model_dir))
-    data = prepare(plan, spec, str(model_dir), events, tokenizer)
-    plan = decide_plan(_as_adapter_says(plan), spec, data, device, events)
-    refuse_unsupported(plan, spec, device)
+    refuse_ranks(plan, world.size)
+    with world.in_turn():
+        model_dir = resolve_model_dir(plan.model)
+        safetensors_index(model_dir)  # a base that was cut off is refused before the run takes its name
+        tokenizer = load_tokenizer(str(model_dir))
+        data = prepare(plan, spec, str(model_dir), events, tokenizer)
+    if request is not None:
+        plan = decide_plan(as_adapter_says(plan), spec, data, device, events)
+        refuse_unsupported(plan, spec, device)
+        refuse_ranks(plan, world.size)
+        run, plan = _ready_folder(request, run, plan, spec, data, device, events, log, held)
+        world.remember(str(run.root.resolve()))
+    plan = heard_plan(world, plan)
+    run = run or RunDir(name=str(plan.name), results_root=plan.results, output_root=plan.output)
+    _run(request, plan, spec, model_dir, run, data, tokenizer, device, events, stop, world)
+    world.leave()
+
+
+def _ready_folder(
+    request: Request, run: RunDir | None, plan: Plan, spec: ModelSpec, data: PreparedData, device: torch.device,
+    events: Narrator, log: list[Path], held: ExitStack,
+) -> tuple[RunDir, Plan]:
+    """Returns the run, its folder there with plan and data report in it, and the plan with the run's name."""
     estimate = check_fits(plan, spec, data.report, measure_machine(device))
     if run is None:
         run = open_run(request, plan, held)
@@ -163,7 +212,7 @@ def _train(
     if not run.data_report.exists():
         run.data_report.parent.mkdir(exist_ok=True)
         run.data_report.write_text(data.report.model_dump_json(indent=1), encoding="utf-8")
-    _run(request, plan, spec, model_dir, run, data, tokenizer, device, events, stop)
+    return run, plan
 
 
 def _attach(run: RunDir, events: Narrator, log: list[Path], *, own_log: bool) -> None:
@@ -174,110 +223,9 @@ def _attach(run: RunDir, events: Narrator, log: list[Path], *, own_log: bool) ->
     log.append(run.log)
 
 
-def device_of(plan: Plan) -> torch.device:
-    """Returns the device that trains.
-
-    Raises:
-        PreflightError: a GPU was asked for and torch sees none.
-    """
-    if plan.device == "cuda" and not torch.cuda.is_available():
-        raise PreflightError(
-            "--device cuda needs a CUDA GPU and a CUDA build of torch; torch "
-            f"{importlib.metadata.version('torch')} sees none. Use --device cpu, or mend the installation."
-        )
-    if plan.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", 0)
-
-
-def decide_plan(plan: Plan, spec: ModelSpec, data: PreparedData, device: torch.device, events: Narrator) -> Plan:
-    """Fills every open value and says each choice once."""
-    still_open = {name for name in Plan.model_fields if getattr(plan, name) in (None, "auto")}
-    origins = {name: "default" if name in still_open else origin for name, origin in plan.origins.items()}
-    plan = plan.model_copy(update={"origins": origins})
-    found = recommend(plan, spec, data.report, measure_machine(device))
-    for item in found:
-        events.choice(item.field, str(item.value), f"{item.reason}; {item.source}")
-    plan = apply(plan, found)
-    policy, layers, reason = choose_recompute(plan, spec, data.report, measure_machine(device))
-    if plan.recompute == "auto":
-        events.choice("recompute", policy if layers is None else f"{policy}, {layers} layers", reason)
-    return plan.model_copy(update={
-        "recompute": policy,
-        "recompute_layers": layers,
-        "engine": "native" if plan.engine == "auto" and spec.native else plan.engine,
-        "gradient_accumulation": plan.gradient_accumulation or 1,
-    })
-
-
-def _as_adapter_says(plan: Plan) -> Plan:
-    """A model that is an adapter brings rank, scale and targets with it; flags that say otherwise are refused."""
-    folder = Path(plan.model)
-    if not is_adapter_folder(folder):
-        return plan
-    if plan.mode == "full":
-        raise UsageError(f"--mode full cannot train the adapter {folder}. Merge it into its base first, or use lora.")
-    config = read_adapter_config(folder)
-    own: dict[str, Any] = {
-        "mode": "qlora" if plan.mode == "qlora" else "lora", "lora_r": config.r, "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.use_rslora,
-        "target_modules": None if config.target_modules is None else list(config.target_modules),
-    }
-    for field, value in own.items():
-        seen = getattr(plan, field)
-        if plan.origins.get(field, "default") != "default" and seen not in ("auto", value):
-            raise UsageError(
-                f"{flag_of(field)} {seen} contradicts the adapter {folder}, whose {field} is {value}. Leave it out to "
-                "go on with that adapter, or give its base as --model to start a new one."
-            )
-    return plan.model_copy(update={**own, "origins": {**plan.origins, **dict.fromkeys(own, "saved")}})
-
-
-def _with_engine(plan: Plan, choice: Choice | None, events: Narrator) -> Plan:
-    """Settles an open engine as the process has already decided, for Unsloth patches what is imported after it."""
-    if plan.engine != "auto" or choice is None:
-        return plan
-    events.choice("engine", choice.engine, choice.reason)
-    return plan.model_copy(
-        update={"engine": choice.engine, "origins": {**plan.origins, "engine": "recommendation"}}
-    )
-
-
-def refuse_unsupported(plan: Plan, spec: ModelSpec, device: torch.device) -> None:
-    """Refuses what this version cannot train, in one sentence each."""
-    check_base_storage(plan)
-    check_recompute_layers(plan, spec)
-    if plan.engine == "unsloth":
-        if device.type != "cuda":
-            raise PreflightError(
-                "--engine unsloth needs the Unsloth engine, which runs on a CUDA GPU only; torch sees none. Use "
-                "--engine native, which also trains on a CPU."
-            )
-    elif not spec.native:
-        raise PreflightError(
-            f"{plan.model} cannot be trained natively: {spec.native_reason}. The native engine trains "
-            f"{', '.join(NATIVE_FAMILIES)}; other models need --engine unsloth and a CUDA GPU."
-        )
-    elif base_storage(plan) == "nf4":
-        import_bitsandbytes("A base in nf4", "--quantise-base int8, which needs no package, or --mode lora")
-    if plan.optimizer not in TORCH_OPTIMIZERS:
-        if device.type == "cpu":
-            raise PreflightError(
-                f"--optimizer {plan.optimizer} needs a CUDA GPU: bitsandbytes has no CPU kernels for its optimisers, "
-                "and torch sees no GPU here. Use --optimizer adamw."
-            )
-        import_bitsandbytes(f"--optimizer {plan.optimizer}", "--optimizer adamw")
-
-
-def _maths(plan: Plan, data: PreparedData) -> dict[str, Any]:
-    values = plan.model_dump(mode="json", include=set(_MATHS))
-    return {**values, "training data (file, split, tokenizer, template)": data.train.key}
-
-
 def _run(
-    request: Request, plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir, data: PreparedData,
-    tokenizer: ChatTokenizer, device: torch.device, events: Narrator, stop: StopRequest,
+    request: Request | None, plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir, data: PreparedData,
+    tokenizer: ChatTokenizer, device: torch.device, events: Narrator, stop: StopRequest, world: World,
 ) -> None:
     """Builds model and loop, resumes where there is something to resume, trains to the end."""
     prepare_torch(plan, device)
@@ -285,21 +233,26 @@ def _run(
     if cap is not None:
         events.message(f"GPU and CPU share their memory: this process may take {cap:.1f} GiB of it.")
     with MemoryWatchdog(stop, host_floor_gib(device), host_available_gib):
-        _train_to_end(request, plan, spec, model_dir, run, data, tokenizer, device, events, stop)
+        _train_to_end(request, plan, spec, model_dir, run, data, tokenizer, device, events, stop, world)
 
 
 def _train_to_end(
-    request: Request, plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir, data: PreparedData,
+    request: Request | None, plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir, data: PreparedData,
     tokenizer: ChatTokenizer, device: torch.device, events: Narrator, stop: StopRequest,
+    world: World,
 ) -> None:
-    checkpoint, state = _resume_point(request, plan, run, data, events)
+    found = None if request is None else _resume_point(request, plan, run, data, events)
+    checkpoint, state = heard_resume_point(world, found)
     loop = assemble(
-        plan, spec, model_dir, run, data, tokenizer, device, events, stop, checkpoint=checkpoint, state=state
+        plan, spec, model_dir, run, data, tokenizer, device, events, stop, checkpoint=checkpoint, state=state,
+        world=world,
     )
     try:
         result = loop.run_to_end()
     finally:
         loop.log.close()
+    if not world.leads:
+        return
     examine_result(loop, model_dir, events)
     events.emit("artifact", path=str(result), bytes=size_of(result))
     events.message(f"Trained: {result}")
@@ -326,38 +279,58 @@ def prepare_torch(plan: Plan, device: torch.device) -> None:
 def assemble(
     plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir, data: PreparedData, tokenizer: ChatTokenizer,
     device: torch.device, events: Narrator, stop: StopRequest, *, checkpoint: Path | None, state: LoopState,
+    world: World | None = None,
 ) -> TrainingLoop:
     """Builds model, data order and loop of a decided plan, at `checkpoint` where there is one; writes plan.yaml.
+
+    With a `world` of several ranks, each gets its share of every step; rank 0 alone writes.
 
     Raises:
         SparktuneError: the data no longer fits the checkpoint, or the disk has no room for checkpoints.
     """
+    world = world or World()
     pad = device.type == "cuda"  # kernels and graphs are made once a length; a CPU would only compute more
-    train = PackPlan(
+    packs = PackPlan(
         data.train, pack=plan.pack, pack_length=plan.pack_length, per_device_batch_size=plan.per_device_batch_size,
         seed=plan.seed, pad=pad,
     )
     held_out = None
     if data.evaluation is not None:
         held_out = PackPlan(data.evaluation, pack=plan.pack, pack_length=plan.pack_length, shuffle=False, pad=pad)
+    train: PackPlan | DealtPacks = packs
+    if not world.alone:
+        train = DealtPacks(
+            packs, rank=world.rank, ranks=world.size, fill=plan.mode == "full",
+            cost=StepCost.of(plan, spec, data.report.supervised_share),
+        )
     events.message(train.describe())
-    engine = _engine_class(plan).build(plan, spec, model_dir, device)
+    engine: NativeEngine | UnslothEngine
+    if plan.engine == "unsloth":
+        engine = UnslothEngine.build(plan, spec, model_dir, device)
+    else:
+        engine = NativeEngine.build(plan, spec, model_dir, device, world=world)
     plan = plan.model_copy(update={"kernels": engine.reasons})
-    save_plan(plan, run.plan)
+    if world.leads:
+        save_plan(plan, run.plan)
     length = run_length(len(train), plan.gradient_accumulation or 1, plan.num_epochs, plan.max_steps)
     size = sum(t.numel() * t.element_size() for t in engine.state().values())
     saves = length.total_steps // tenth(plan.save_steps, length.total_steps) + 1
-    checkpoints.check_room(run.root, size, plan.keep_checkpoints, saves)
+    if world.leads:
+        checkpoints.check_room(run.root, size, plan.keep_checkpoints, saves)
     if checkpoint is not None:
         if state.position != length.position_after(state.step):
             raise SparktuneError(
                 f"{checkpoint} stands at micro-batch {state.position} of the data, but step {state.step} of this plan "
                 f"is micro-batch {length.position_after(state.step)}. The data changed; start a new run."
             )
-        engine.load_state(checkpoints.load_engine_state(checkpoint))
-        checkpoints.restore_rng(checkpoint)
+        engine.load_state(heard_state(world, checkpoint))
+        if world.leads:
+            checkpoints.restore_rng(checkpoint)
+        world.advise(f"{checkpoint.name} is whole: python train.py --resume-from-checkpoint {checkpoint}")
     reset_peak(device)
-    metrics = MetricsLog(run, state, events, tensorboard=plan.tensorboard, say=events.message)
+    metrics = NoMetrics() if not world.leads else MetricsLog(
+        run, state, events, tensorboard=plan.tensorboard, say=events.message
+    )
     events.message(
         f"{length.total_steps} steps ({length.steps_per_epoch} an epoch), {engine.describe()}, seed {plan.seed}."
     )
@@ -367,12 +340,8 @@ def assemble(
         prompts=sample_prompts(plan, tokenizer, data.evaluation),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip(),
         stop_ids=stop_ids(tokenizer, data.train), log=metrics, state=state, stop=stop, say=events.message,
-        show=events.line,
+        show=events.line, world=world,
     )
-
-
-def _engine_class(plan: Plan) -> type[NativeEngine] | type[UnslothEngine]:
-    return UnslothEngine if plan.engine == "unsloth" else NativeEngine
 
 
 def _resume_point(
@@ -380,7 +349,7 @@ def _resume_point(
 ) -> tuple[Path | None, LoopState]:
     """Returns the checkpoint to go on from, None for a fresh start, and the loop's state there."""
     checkpoints.remove_leftovers(run.root)
-    maths = _maths(plan, data)
+    maths = maths_of(plan, data)
     if request.checkpoint is not None:
         checkpoint: Path | None = request.checkpoint
         checkpoints.validate(request.checkpoint)

@@ -26,6 +26,8 @@ class StopRequest:
         """A second signal has come."""
         self.looping = False
         """The loop runs and looks at `requested` itself."""
+        self.deaf = False
+        """The end is agreed on and written; nothing is left to ask for."""
 
     def install(self) -> None:
         """Takes over SIGINT and SIGTERM. Main thread only."""
@@ -33,6 +35,8 @@ class StopRequest:
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.deaf:
+            return
         # KeyboardInterrupt, because nothing that handles errors of rows or files may take it for one of those.
         self.aborted = self.requested
         self.requested = True

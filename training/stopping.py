@@ -49,8 +49,10 @@ def tell_stop(loop: TrainingLoop, finishing: int | None = None) -> None:
     """
     if loop.stop_told or (finishing is None and (loop.is_saved() or not loop.state.step)):
         return
-    loop.stop_told = True
     earlier = checkpoints_of(loop.run.root)
+    if not earlier and not loop.world.alone:
+        return  # every rank would have to say what it holds, and only those that were asked to stop are here
+    loop.stop_told = True
     size = size_of(earlier[0]) if earlier else _bytes_of_state(loop.engine.state())
     when = "Stopping" if finishing is None else f"Stopping after step {finishing}"
     loop.say(f"{when}: writing {save_in_words(size, loop.state.save_bytes_per_s)}.")
@@ -69,6 +71,7 @@ def stop_here(loop: TrainingLoop) -> NoReturn:
         )
     tell_stop(loop)
     loop.save()
+    loop.stop.deaf = True  # torchrun tells the ranks that still live to stop, once one of them has
     raise StoppedResumable(
         f"Stopped after step {state.step} of {loop.length.total_steps}, {loop.stop.why}. Go on with: "
         f"python train.py --resume-from-checkpoint {loop.run.checkpoint(state.step)}"

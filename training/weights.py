@@ -17,7 +17,7 @@ from sparktune.setup.plan.weights import safetensors_header, safetensors_index, 
 from sparktune.training.quantised import put_stored
 from sparktune.training.tower import TextTower
 
-__all__ = ["checkpoint_names", "export_weights", "load_weights"]
+__all__ = ["check_checkpoint", "check_tied_head", "checkpoint_names", "export_weights", "load_weights"]
 
 IGNORED_PREFIXES = ("mtp.", "model.visual.", "visual.")
 """Of Qwen3.5: the MTP head and the vision tower, which text training neither reads nor changes."""
@@ -41,7 +41,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _check(model_dir: Path, spec: ModelSpec, index: Mapping[str, Path], names: Mapping[str, str]) -> None:
+def check_checkpoint(model_dir: Path, spec: ModelSpec, index: Mapping[str, Path], names: Mapping[str, str]) -> None:
     """Raises PreflightError that names missing, unexpected and misshapen tensors."""
     expected = text_tower_shapes(spec)
     missing = [there for there in names.values() if there not in index]
@@ -69,15 +69,22 @@ def _check(model_dir: Path, spec: ModelSpec, index: Mapping[str, Path], names: M
         )
 
 
-def _check_tied_head(model: TextTower, model_dir: Path, index: Mapping[str, Path]) -> None:
-    """A tied checkpoint may repeat the embedding as lm_head.weight, but must not say something else there."""
-    if not model.spec.tie_word_embeddings or "lm_head.weight" not in index:
+def check_tied_head(
+    spec: ModelSpec, model_dir: Path, index: Mapping[str, Path], names: Mapping[str, str], dtype: torch.dtype
+) -> None:
+    """A tied checkpoint may repeat the embedding as lm_head.weight, but must not say something else there.
+
+    Raises:
+        PreflightError: it does, compared in the compute type `dtype`.
+    """
+    if not spec.tie_word_embeddings or "lm_head.weight" not in index:
         return
+    there = names["model.embed_tokens.weight"]
     with safe_open(index["lm_head.weight"], framework="pt") as file:
-        head = file.get_tensor("lm_head.weight")
-    if head.shape != model.embed_tokens.shape or not torch.equal(
-        head.to(model.dtype), model.embed_tokens.detach().cpu()
-    ):
+        head = file.get_tensor("lm_head.weight").to(dtype)
+    with safe_open(index[there], framework="pt") as file:
+        embedding = file.get_tensor(there).to(dtype)
+    if head.shape != embedding.shape or not torch.equal(head, embedding):
         raise PreflightError(
             f"config.json of {model_dir} ties the output projection to the embedding (tie_word_embeddings), but "
             "lm_head.weight differs from the embedding. Set tie_word_embeddings to false if the head is its own."
@@ -103,7 +110,7 @@ def load_weights(
     """
     index = safetensors_index(model_dir)
     names = checkpoint_names(index, spec)
-    _check(model_dir, spec, index, names)
+    check_checkpoint(model_dir, spec, index, names)
     slots, parameters = model.slots(), dict(model.named_parameters())
     assert slots.keys() == names.keys(), "the model and text_tower_shapes describe the same tensors"
     by_file: dict[Path, list[str]] = {}
@@ -122,12 +129,12 @@ def load_weights(
                     slot.of(parameters[slot.parameter]).copy_(value)
     if stored:
         put_stored(model, stored)
-    _check_tied_head(model, model_dir, index)
+    check_tied_head(spec, model_dir, index, names, model.dtype)
 
 
 @torch.no_grad()
 def export_weights(
-    model: TextTower, model_dir: Path, folder: Path, masters: Mapping[str, torch.Tensor] | None = None
+    model: TextTower, model_dir: Path, folder: Path | None, masters: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Writes the trained tensors under the base's names and in the base's types, rounded once from the masters.
 
@@ -136,7 +143,8 @@ def export_weights(
     Args:
         model: fully fine-tuned.
         model_dir: the base it was loaded from.
-        folder: becomes a folder of `*.safetensors`, whole or not at all.
+        folder: becomes a folder of `*.safetensors`, whole or not at all. None: nothing is written, but every value is
+            asked for in the same order, for they may be gathered from all ranks.
         masters: parameter name -> full-precision value; the parameter itself where there is none.
 
     Raises:
@@ -144,12 +152,18 @@ def export_weights(
     """
     index = safetensors_index(model_dir)
     names = checkpoint_names(index, model.spec)
-    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    values = {n: (masters or {}).get(n, p) for n, p in parameters.items()}
+    values: Mapping[str, torch.Tensor] = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    if masters:
+        assert masters.keys() == values.keys(), "the optimiser owns what learns"
+        values = masters
     todo = [(names[n], slot) for n, slot in model.slots().items() if slot.parameter in values]
     embedding = model.slots()["model.embed_tokens.weight"]
     if model.spec.tie_word_embeddings and "lm_head.weight" in index and embedding.parameter in values:
         todo.append(("lm_head.weight", embedding))
+    if folder is None:
+        for _, slot in todo:
+            values[slot.parameter]
+        return
     headers = {file: safetensors_header(file) for file in set(index.values())}
     entries = {there: headers[index[there]][there] for there, _ in todo}
     total = sum(e.end - e.begin for e in entries.values())

@@ -246,6 +246,10 @@ def choose_backend(plan: Plan, image: ImageOptions | None = None) -> tuple[Backe
     # it stands on this module, and imports the SDK's room only when an engine is wanted
     from sparktune.setup.machine.docker_backend import DockerBackend
 
+    if plan.peers and plan.backend != "local":  # resume RUN --backend local goes on with this machine alone
+        from sparktune.setup.machine.boxes import BoxesBackend
+
+        return BoxesBackend(plan, image), f"--peers {','.join(plan.peers)}"
     if plan.backend == "docker":
         return DockerBackend(plan, image), "asked for"
     if plan.backend == "local":

@@ -77,5 +77,6 @@ def detect_machine(device: Literal["auto", "cpu", "cuda"], disk: Path) -> Machin
     return Machine(
         device="cuda", gpu_name=name, capability=capability, unified_memory=free is None,
         memory_gib=round(unified if free is None else free, 2), cpu_name=cpu_name(),
+        gpus=sum((other, power) == (name, capability) for other, power, _ in gpus),
         cpu_cores=cpu_count(), disk_free_gib=round(free_gib, 2), docker=shutil.which("docker") is not None,
     )

@@ -24,8 +24,8 @@ from sparktune.setup.plan.rundir import RunDir, cache_dir
 from sparktune.setup.plan.schema import Plan
 
 __all__ = [
-    "HUB_FILE", "ROLE_LABEL", "RUN_LABEL", "DockerBackend", "ImageOptions", "container_options", "hub_token",
-    "mounts_of", "needs_network", "reads_hub",
+    "HUB_FILE", "ROLE_LABEL", "RUN_LABEL", "DockerBackend", "ImageOptions", "container_base", "container_options",
+    "environment_of", "exit_code_of", "hub_folder", "hub_token", "mounts_of", "needs_network", "reads_hub", "source_of",
 ]
 
 RUN_LABEL = "org.sparktune.run"
@@ -35,6 +35,8 @@ HUB_FILE = "/run/secrets/hub"
 """Where a container finds the user's hub token, a read-only file."""
 CHECKOUT = "/opt/sparktune"
 INFINIBAND = "/dev/infiniband"
+_SCRATCH = "/scratch"
+"""In memory, in containers that leave nothing."""
 _POLL_S = 0.1
 _STATUS_S = 0.5
 _STOP_S = 60
@@ -54,8 +56,6 @@ class ImageOptions:
     """Build although nothing changed; clean removes the image first and reuses no layer."""
     dev_mount: bool = False
     """Mount this checkout's package, read-only, over the one in the image: for development."""
-    interface: str | None = None
-    """Network interface that joins this machine to a second one; such a container has the host's network."""
 
     def flags(self) -> str:
         """Returns the flags that were given, as messages spell them."""
@@ -64,10 +64,11 @@ class ImageOptions:
 
     def for_later(self) -> ImageOptions:
         """Returns what is left to ask for when the image has been made."""
-        return ImageOptions(dev_mount=self.dev_mount, interface=self.interface)
+        return ImageOptions(dev_mount=self.dev_mount)
 
 
-def _hub_cache() -> Path:
+def hub_folder() -> Path:
+    """Returns the folder of what was downloaded from the hub."""
     return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").absolute()
 
 
@@ -79,7 +80,7 @@ def hub_token() -> Iterator[Path | None]:
     variable or argument it would show in `docker inspect` and `ps`. A token that is a file already is never read.
     """
     named = os.environ.get("HF_TOKEN_PATH")
-    path = Path(named) if named else _hub_cache() / "token"
+    path = Path(named) if named else hub_folder() / "token"
     text = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
     if not text:
         yield path.absolute() if path.is_file() else None
@@ -92,7 +93,7 @@ def hub_token() -> Iterator[Path | None]:
         yield file
 
 
-def _source_of(plan: Plan) -> str:
+def source_of(plan: Plan) -> str:
     """Returns the model that a run reads weights from: a folder, or a hub id; an adapter's base."""
     folder = Path(os.path.expanduser(plan.model))
     return adapter_base(folder) if is_adapter_folder(folder) else str(folder) if folder.exists() else plan.model
@@ -100,7 +101,7 @@ def _source_of(plan: Plan) -> str:
 
 def reads_hub(stage: str, plan: Plan) -> bool:
     """Returns whether a stage may ask the model hub."""
-    return stage in ("prepare", "train", "merge", "mtp") and not Path(_source_of(plan)).exists()
+    return stage in ("prepare", "train", "merge", "mtp") and not Path(source_of(plan)).exists()
 
 
 def needs_network(stage: str, plan: Plan) -> bool:
@@ -118,13 +119,13 @@ _SYSTEM = ("/usr/", "/bin/", "/sbin/", "/lib/", "/lib64/", "/etc/", "/proc/", "/
 
 def mounts_of(run: RunDir, plan: Plan) -> dict[str, str]:
     """Returns host folder -> mode ("rw" or "ro"); each is mounted where it is, so that a plan's paths stay valid."""
-    written = (run.root, Path(plan.output).absolute(), _hub_cache(), _state_folder(), cache_dir("tokens"),
+    written = (run.root, Path(plan.output).absolute(), hub_folder(), _state_folder(), cache_dir("tokens"),
                cache_dir("cleaned"), cache_dir("llama.cpp"), cache_dir("locks"))
     found = {str(path): "rw" for path in written}
     head = Path(os.path.expanduser(plan.mtp_head)) if plan.mtp_head else None
     # the user's own script; a program of the system is the image's
     scripts = [Path(word) for word in plan.validator or () if os.path.isabs(word) and not word.startswith(_SYSTEM)]
-    read = (plan.data, plan.eval_data, head, Path(os.path.expanduser(plan.model)), Path(_source_of(plan)), *scripts)
+    read = (plan.data, plan.eval_data, head, Path(os.path.expanduser(plan.model)), Path(source_of(plan)), *scripts)
     for path in read:
         if path is not None and path.exists():
             real = path.absolute()
@@ -154,12 +155,12 @@ def _state_folder() -> Path:
     return cache_dir("home")
 
 
-def _environment(network: bool) -> dict[str, str]:
+def environment_of(network: bool) -> dict[str, str]:
     """Returns a container's variables: where its caches are, and nothing of ours that is secret."""
     home = _state_folder()
     found = {
         "HOME": str(home), "USER": "sparktune",  # an unknown uid has no name, which breaks getpass
-        "XDG_CACHE_HOME": str(cache_dir("tokens").parent.parent), "HF_HOME": str(_hub_cache()),
+        "XDG_CACHE_HOME": str(cache_dir("tokens").parent.parent), "HF_HOME": str(hub_folder()),
         "TRITON_CACHE_DIR": str(home / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
         "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
     }
@@ -183,6 +184,32 @@ def _as_the_caller() -> dict[str, Any]:
     }
 
 
+def container_base(role: str, user: str, *, gpus: bool = False) -> dict[str, Any]:
+    """Returns the options of a container that looks or measures and writes nothing that stays.
+
+    Args:
+        role: what it is for, a word.
+        user: "uid:gid" of the machine that it runs on.
+        gpus: give it every GPU.
+    """
+    options = {
+        **_as_the_caller(), "user": user, "working_dir": _SCRATCH, "tmpfs": {_SCRATCH: ""},
+        "environment": {"HOME": _SCRATCH, "USER": "sparktune", "PYTHONUNBUFFERED": "1"},
+        "name": f"sparktune-{role}-{os.getpid()}-{time.monotonic_ns()}", "labels": {ROLE_LABEL: role},
+    }
+    return options | (_with_gpus() if gpus else {})
+
+
+def _with_gpus() -> dict[str, Any]:
+    from docker.types import DeviceRequest, Ulimit
+
+    return {
+        "device_requests": [DeviceRequest(count=-1, capabilities=[["gpu"]])],
+        # pinned memory counts as locked memory, of which the default allows 64 KiB
+        "ulimits": [Ulimit(name="memlock", soft=-1, hard=-1), Ulimit(name="stack", soft=_STACK, hard=_STACK)],
+    }
+
+
 def container_options(
     client: Any, stage: str, run: RunDir, plan: Plan, *, gpus: bool, image: str, token: Path | None = None,
     package: Path | None = None, interface: str | None = None,
@@ -200,8 +227,6 @@ def container_options(
         package: a checkout whose package is mounted over the image's own.
         interface: network interface to a second machine; training then has the host's network and InfiniBand.
     """
-    from docker.types import DeviceRequest, Ulimit
-
     mounts = mounts_of(run, plan)
     for folder in mounts:
         if ":" in folder:  # it parts host from container in the engine's own notation
@@ -212,7 +237,7 @@ def container_options(
             _make(Path(folder))
     volumes = {folder: {"bind": folder, "mode": mode} for folder, mode in mounts.items()}
     network = needs_network(stage, plan)
-    environment = _environment(network)
+    environment = environment_of(network)
     if token is not None and reads_hub(stage, plan):
         volumes[str(token)] = {"bind": HUB_FILE, "mode": "ro"}
         environment["HF_TOKEN_PATH"] = HUB_FILE
@@ -232,9 +257,7 @@ def container_options(
         **_as_the_caller(),
     }
     if gpus:
-        options["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
-        # pinned memory counts as locked memory, of which the default allows 64 KiB
-        options["ulimits"] = [Ulimit(name="memlock", soft=-1, hard=-1), Ulimit(name="stack", soft=_STACK, hard=_STACK)]
+        options |= _with_gpus()
     if interface is not None and stage == "train":
         options["network_mode"] = "host"
         environment |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
@@ -305,7 +328,7 @@ class DockerBackend:
         with hub_token() as token, run.log.open("ab") as log:
             options = container_options(
                 self._client, stage, run, plan, gpus=self._gpus, image=image, token=token,
-                package=self._root if self._options.dev_mount else None, interface=self._options.interface,
+                package=self._root if self._options.dev_mount else None,
             )
             log.write(f"\n==> {stage}: {time.strftime('%Y-%m-%d %H:%M:%S')}, container {options['name']}, "
                       f"image {image}\n".encode())
@@ -349,7 +372,7 @@ class DockerBackend:
                 volumes |= _over_the_images(self._root)
             container = create_container(
                 self._client, image=self._image, command=["python", "-P", "-m", module, argument], volumes=volumes,
-                environment=_environment(False), name=f"sparktune-{module.rpartition('.')[2]}-{os.getpid()}",
+                environment=environment_of(False), name=f"sparktune-{module.rpartition('.')[2]}-{os.getpid()}",
                 labels={ROLE_LABEL: module}, working_dir=str(folder), network_mode="none", **_as_the_caller(),
             )
             try:
@@ -386,7 +409,7 @@ class DockerBackend:
                     looked = time.monotonic()
                     container.reload()
                     if container.status in ("exited", "dead"):
-                        return _exit_code(container)
+                        return exit_code_of(container)
             except NotFound:
                 return _CODE_SIGKILLED
             except APIError as error:
@@ -400,7 +423,8 @@ class DockerBackend:
             time.sleep(_POLL_S)
 
 
-def _exit_code(container: Any) -> int:
+def exit_code_of(container: Any) -> int:
+    """Returns what an ended container's process ended with; the code of memory where the kernel ended it for that."""
     state = container.attrs["State"]
     return int(state.get("ExitCode", 1)) if not state.get("OOMKilled") else int(ExitCode.MEMORY)
 

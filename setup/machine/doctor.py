@@ -250,7 +250,14 @@ def machine_checks(plan: Plan) -> list[Check]:
     """Runs the checks that depend on this machine alone, not on model and data."""
     checks = [guarded(name, partial(check, plan)) for name, check in _MACHINE.items()]
     engine = [c.seen for c in checks if c.name == "engine" and c.status == "failed"]
-    return [c for c in checks if c.name != "backend" or c.seen not in engine]  # one cause, one line
+    kept = [c for c in checks if c.name != "backend" or c.seen not in engine]  # one cause, one line
+    if not plan.peers:
+        return kept
+    from sparktune.setup.machine.peer_checks import peer_checks
+
+    far = peer_checks(plan)
+    causes = [c.seen for c in far if c.status == "failed"]
+    return [*(c for c in kept if c.name != "backend" or c.seen not in causes), *far]
 
 
 def run_checks(plan: Plan) -> list[Check]:

@@ -247,15 +247,17 @@ def _spelled(field: str, origin: Origin) -> str:
 def _allowed(field: str) -> str:
     """Returns what a field takes, in words."""
     info = Plan.model_fields[field]
+    if words := typing.cast(dict[str, Any], info.json_schema_extra or {}).get("takes"):
+        return str(words)
     kind = _inner(info.annotation)
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(str(a) for a in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return "a list, or words separated by commas"
     noun = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(kind, "a text")
-    words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+    limits = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
     bounds = [
-        f"{words[b]} {getattr(m, b)}" for m in info.metadata for b in words if getattr(m, b, None) is not None
+        f"{limits[b]} {getattr(m, b)}" for m in info.metadata for b in limits if getattr(m, b, None) is not None
     ]
     return noun + (" " + " and ".join(bounds) if bounds else "")
 
@@ -375,7 +377,20 @@ def resolve(
     plan.origins = {f: origins.get(f, "default") for f in Plan.model_fields if f not in _BOOKKEEPING}
     _check_implied(plan)
     _check_places(plan)
+    _check_peers(plan)
     return plan
+
+
+def _check_peers(plan: Plan) -> None:
+    """Several machines train in containers, so that all run the same software."""
+    if plan.peers and plan.backend == "local":
+        raise UsageError(
+            f"{flag_of('peers')} ({plan.origins['peers']}) trains in containers, the same image on every machine, but "
+            f"{flag_of('backend')} is local ({plan.origins['backend']}). Leave one of them out, or start train.py "
+            "under torchrun on all machines: ./run.sh plan --as torchrun."
+        )
+    if plan.peers:
+        plan.backend = "docker"
 
 
 def _check_places(plan: Plan) -> None:

@@ -184,7 +184,8 @@ def predict_peak(
     workspace = graphs = 0.0
     if machine.device == "cuda" and e == 2:
         replays = plan.engine != "unsloth" and (
-            plan.mode == "full" or (plan.lora_dropout == 0 and base_storage(plan) == "none")
+            plan.processes == 1 if plan.mode == "full"
+            else plan.lora_dropout == 0 and base_storage(plan) == "none"
         )
         # Gradients that graphs add to stay where they are.
         several = replays or plan.gradient_accumulation != 1
@@ -368,9 +369,23 @@ def _moment_bytes(plan: Plan, machine: Machine) -> float:
     return 2 * (1 + 4 / 256) if plan.optimizer.endswith("8bit") else 8.0
 
 
+def _spread_bytes(plan: Plan, spec: ModelSpec, e: int, state: float) -> tuple[float, float, float]:
+    """The same where FSDP2 spreads masters and moments over the ranks and gathers two blocks and the ends of the model.
+
+    Gradients are kept whole, in four bytes, until the last micro-batch of a step: sent once a step, not once a pass.
+    """
+    ends = spec.vocab_size * spec.hidden_size * (1 if spec.tie_word_embeddings else 2)
+    block = (spec.parameters - ends) / spec.num_layers
+    several = (plan.gradient_accumulation or plan.processes + 1) > plan.processes
+    gradients = spec.parameters * 4.0 if several else (2 * block + ends) * 4
+    return (2 * block + ends) * e, spec.parameters * state / plan.processes, gradients
+
+
 def _static_bytes(plan: Plan, spec: ModelSpec, machine: Machine, e: int) -> tuple[float, float, float]:
     """Returns (weights, masters and moments, gradients) in bytes; a parameter of 4 or 8 bytes is its own master."""
     state = 4 + _moment_bytes(plan, machine)
+    if plan.mode == "full" and plan.processes > 1:
+        return _spread_bytes(plan, spec, e, state)
     if plan.mode == "full":
         return spec.parameters * (0 if e == 4 else e), spec.parameters * state, spec.parameters * 4
     adapters = adapter_parameters(spec, plan.lora_r or 16, plan.target_modules)

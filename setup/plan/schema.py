@@ -7,9 +7,9 @@ spelling on the command lines. Parsers are generated from here (setup/plan/flags
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -31,6 +31,8 @@ Origin = Literal["flag", "environment", "config", "saved", "recommendation", "de
 Mode = Literal["auto", "lora", "qlora", "full"]
 Recompute = Literal["auto", "none", "norms", "layer", "all"]
 
+_HOST = r"^([A-Za-z_][A-Za-z0-9_.-]*@)?[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?$"
+"""What --peers takes: nothing that a program could read as an option, a path or a line of a shell."""
 
 MTP_ANSWERS: dict[str, Any] = {"y": "trained", "d": "default", "n": "skip"}
 """The published wizard's answers."""
@@ -99,7 +101,7 @@ class Plan(_Strict):
     per_device_batch_size: int = Field(1, ge=1, json_schema_extra=flags("--per-device-batch-size"))
     """Packs (or, unpacked, documents) in a micro-batch."""
     gradient_accumulation: int | None = Field(None, ge=1, json_schema_extra=flags("--gradient-accumulation"))
-    """Micro-batches a step; recommended when left out."""
+    """Micro-batches a step, on all GPUs together; recommended when left out."""
     learning_rate: float | None = Field(None, gt=0, json_schema_extra=flags("--learning-rate"))
     """Peak learning rate; recommended when left out."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", json_schema_extra=flags("--lr-scheduler"))
@@ -154,6 +156,14 @@ class Plan(_Strict):
     recompute_layers: int | None = Field(None, ge=1, json_schema_extra=flags("--recompute-layers"))
     """With recompute layer: only the first so many layers whole, of the others norms and activations; all layers when
     left out. recompute auto finds the number itself."""
+    gpus: int = Field(1, ge=1, le=1024, json_schema_extra=flags("--gpus"))
+    """GPUs of this machine that train together, and of each of the --peers; processes where there is no GPU."""
+    peers: list[Annotated[str, StringConstraints(pattern=_HOST)]] = Field(
+        default_factory=list, max_length=63,
+        json_schema_extra=flags("--peers", surface="run") | {"takes": "machines as [USER@]HOST[:PORT], commas between"}
+    )
+    """Other machines that train with this one, as ssh takes them ([USER@]HOST[:PORT]), by their address on the link
+    between them."""
     device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=flags("--device"))
     """Device that trains."""
 
@@ -227,8 +237,15 @@ class Plan(_Strict):
     """Version of this schema."""
     origins: dict[str, Origin] = Field(default_factory=dict, json_schema_extra={"flags": None})
     """Where each value came from."""
+    ranks: int = Field(0, ge=0, json_schema_extra={"flags": None})
+    """Processes that train together, one a GPU; written when training starts, 0 before."""
     kernels: dict[str, str] = Field(default_factory=dict, json_schema_extra={"flags": None})
     """The implementation chosen for each op, with its reason; written when the model is built."""
+
+    @property
+    def processes(self) -> int:
+        """Processes that train together: as they were started, or as they are asked for."""
+        return self.ranks or self.gpus * (1 + len(self.peers))
 
     @property
     def recompute_choice(self) -> str:
@@ -419,6 +436,8 @@ class Machine(_Strict):
     cpu_cores: int
     disk_free_gib: float
     docker: bool = False
+    gpus: int = 1
+    """GPUs like the first one."""
 
 
 class Recommendation(_Strict):

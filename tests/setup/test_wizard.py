@@ -161,6 +161,20 @@ def test_every_question_can_be_answered_otherwise(
     assert plan.learning_rate == 2e-5, "recommendations follow the answers"
 
 
+def test_a_second_machine_is_offered_where_there_is_one(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str
+) -> None:
+    wizard = make({"model": model}, boxes=lambda: ["192.168.100.2"])
+    keys.send_text(ENTER + data + ENTER + PREVIEW + LENGTHS + ONE_BY_ONE)
+    keys.send_text(ENTER)                           # the method as it is
+    keys.send_text(DOWN + ENTER)                    # this machine is marked: both
+    keys.send_text(ENTER * 5 + TAKE + RUN)
+    plan = wizard.run()
+    assert plan.peers == ["192.168.100.2"]
+    assert plan.processes == 2
+    assert "peers" not in make({"model": model})._questions(), "nobody is asked about a machine that is not there"
+
+
 def test_back_from_every_screen(
     make: Callable[..., Wizard], keys: PipeInput, model: str, data: str, analyst: Analyst
 ) -> None:

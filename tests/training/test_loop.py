@@ -99,6 +99,9 @@ class ToyBatches:
     def __len__(self) -> int:
         return len(self.documents)
 
+    def of_step(self, epoch: int, first: int, last: int) -> Iterator[MicroBatch]:
+        return (self.micro_batch(epoch, index) for index in range(first, last))
+
     def micro_batch(self, epoch: int, index: int) -> MicroBatch:
         example = (index + epoch) % len(self.documents)
         ids = torch.tensor(self.documents[example])

@@ -20,11 +20,12 @@ from sparktune.setup.plan.schema import Plan
 from sparktune.training import rehearsal
 from sparktune.training.batch import MicroBatch
 from sparktune.training.checkpoint import LoopState
+from sparktune.training.dealing import StepCost
 from sparktune.training.loop import SamplePrompt, TrainingLoop
 from sparktune.training.metrics import MetricsLog
 from sparktune.training.narrator import Narrator
 from sparktune.training.packing import PackPlan
-from sparktune.training.rehearsal import StepCost, rehearse
+from sparktune.training.rehearsal import rehearse
 from sparktune.training.schedule import run_length
 from sparktune.training.stop import StopRequest
 

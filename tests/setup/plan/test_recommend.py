@@ -96,6 +96,14 @@ def test_tiny_data_keeps_enough_steps() -> None:
     assert planned_steps(plan, report) >= 30
 
 
+def test_a_step_has_a_pack_for_every_process() -> None:
+    report = _report(50, mean=35, p90=38, longest=38, packing={128: 0.9, 256: 0.93, 1024: 0.95})
+    asked = Plan(gpus=2, peers=["b"])
+    (item,) = [r for r in recommend(asked, _spec(), report, CPU) if r.field == "gradient_accumulation"]
+    assert item.value == 4
+    assert "cannot be shared by 4 processes" in item.reason
+
+
 @pytest.mark.parametrize("changes", [{"max_seq_length": 1024}, {"max_seq_length": 1000}])
 def test_pack_length_stays_under_the_cut(changes: dict[str, int]) -> None:
     plan = Plan(**changes, origins={"max_seq_length": "flag"})

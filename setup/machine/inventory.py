@@ -1,0 +1,113 @@
+"""What a machine has that a run needs: files by their content, folders it may write to, memory, disk, an interface.
+
+    python -m sparktune.setup.machine.inventory '{"files": [...], "written": [...], "towards": "192.168.100.1"}'
+
+Run in a container of each machine, with the folders of a run mounted where they are; the answer is one line of JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparktune.setup.machine.detect import existing_parent, host_memory_gib, nvidia_gpus
+from sparktune.setup.plan.links import interface_of, interface_to
+
+__all__ = ["MARK", "inventory", "known_files", "main"]
+
+MARK = "sparktune-inventory: "
+"""Begins the line of the answer."""
+_WHOLE = 64 * 2**20
+_SAMPLE = 2**20
+_SAMPLES = 64
+
+
+def _digest(path: Path, size: int) -> str:
+    """Returns a sha256 over a file up to 64 MiB; of a larger one over its size and 64 pieces of 1 MiB, evenly spread.
+
+    Two different bases of one size differ everywhere, so pieces tell them apart without reading tens of gigabytes.
+    """
+    if size <= _WHOLE:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(_SAMPLES):
+            file.seek((size - _SAMPLE) * i // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def known_files(paths: Iterable[str]) -> dict[str, list[Any]]:
+    """Returns path -> [size, digest] of every file at or below `paths`; a link is ["link", where it leads].
+
+    What is not there has no entry.
+    """
+    found: dict[str, list[Any]] = {}
+
+    def note(path: Path, top: bool) -> None:
+        if path.is_symlink() and not top:
+            found[str(path)] = ["link", os.readlink(path)]
+        elif path.is_file():
+            size = path.stat().st_size
+            found[str(path)] = [size, _digest(path, size)]
+
+    for text in paths:
+        path = Path(text)
+        if path.is_dir():
+            for folder, folders, files in os.walk(path):
+                folders.sort()
+                links = [name for name in folders if (Path(folder) / name).is_symlink()]
+                for name in sorted([*files, *links]):
+                    note(Path(folder) / name, False)
+        else:
+            note(path, True)
+    return found
+
+
+def inventory(files: Iterable[str], written: Iterable[str], towards: str) -> dict[str, Any]:
+    """Returns what this machine has.
+
+    Args:
+        files: files and folders whose content counts.
+        written: folders that a run writes to.
+        towards: address of the machine whose link counts.
+    """
+    folders = [Path(folder) for folder in written]
+    refused = [str(p) for p in folders if not os.access(p, os.W_OK | os.X_OK)]
+    name = interface_to(towards)
+    return {
+        "files": known_files(files),
+        "refused": refused,
+        "new": [folder for folder in refused if os.stat(folder).st_uid == 0 and not _entries(folder)],
+        "disk_gib": round(min((shutil.disk_usage(existing_parent(p)).free for p in folders), default=0) / 2**30, 2),
+        "memory_gib": round(host_memory_gib(), 2),
+        "interface": None if name is None else asdict(interface_of(name)),
+        "gpus": [gpu for gpu, _, _ in nvidia_gpus()],
+    }
+
+
+def _entries(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return ["unreadable"]
+
+
+def main() -> int:
+    """Prints the inventory that the one argument asks for."""
+    asked = json.loads(sys.argv[1])
+    found = inventory(asked["files"], asked["written"], asked["towards"])
+    print(MARK + json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

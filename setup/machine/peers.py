@@ -1,0 +1,307 @@
+"""A second machine: reached by ssh, its Docker engine through it, and what it must be given before it can train.
+
+Everything goes through ssh as the user has set it up: names, keys and known hosts are ssh's. Its files are written by
+its engine, as the user that ssh logs in as; no line of a shell is built from anything that was typed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparktune.setup.machine.engine import ENGINE_TIMEOUT_S, create_container, start_container
+from sparktune.setup.machine.image_build import Cancelled
+from sparktune.setup.machine.inventory import MARK
+from sparktune.setup.plan.errors import PreflightError
+from sparktune.setup.plan.links import address_of, interface_of
+
+__all__ = ["Peer", "look", "look_again", "reach", "reachable_boxes", "send_files", "send_image", "tar_stream"]
+
+_CONNECT_S = 10
+_LOOK = "id -u; id -g; date +%s.%N; uname -m; docker version --format {{.Server.Version}}"
+"""Everything that is asked of the far end's shell."""
+_ANSWERED = 0x2
+"""Flag of a neighbour whose address is known."""
+_CABLE_MEGABITS = 40_000
+_MOST_ASKED = 4
+_CHUNK = 4 * 2**20
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Another machine that answers."""
+
+    host: str
+    """As the user named it: [USER@]HOST[:PORT]."""
+    address: str
+    """Its IPv4 address, as ssh resolves the name."""
+    uid: int
+    gid: int
+    clock_off_s: float
+    """Its clock minus ours."""
+    clock_known_s: float
+    """How far that may be off: the time that the question took."""
+    arch: str
+    engine: str
+    """Version of its Docker engine."""
+
+    def client(self) -> Any:
+        """Returns a `docker.DockerClient` of its engine: the SDK's ssh transport, by the user's own ssh."""
+        from docker.client import DockerClient
+
+        return DockerClient(base_url=f"ssh://{self.host}", use_ssh_client=True, timeout=ENGINE_TIMEOUT_S)
+
+
+def _ssh(host: str, *options: str) -> list[str]:
+    """Returns ssh's argument list up to the host; the schema has refused what could be an option."""
+    name, _, port = host.partition(":")
+    return ["ssh", "-o", "BatchMode=yes", *options, "-o", f"ConnectTimeout={_CONNECT_S}",  # ssh takes the first
+            *(("-p", port) if port else ()), "--", name]
+
+
+def _run(argv: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=3 * _CONNECT_S,
+                          check=False)
+
+
+def reach(host: str) -> Peer:
+    """Logs in to a machine without a password and looks at who we are there, its clock and its engine.
+
+    Raises:
+        PreflightError: it cannot be reached, asks for something, or has no engine that this user may use.
+    """
+    try:
+        settings = _run([*_ssh(host, "-G")]).stdout
+        before = time.time()
+        done = _run([*_ssh(host), _LOOK])
+        after = time.time()
+    except FileNotFoundError as error:
+        raise PreflightError("--peers needs ssh, which is not here: sudo apt-get install openssh-client.") from error
+    except subprocess.TimeoutExpired as error:
+        raise PreflightError(f"{host} should answer ssh; it did not within {3 * _CONNECT_S} s. Look at its cable and "
+                             "address.") from error
+    lines, said = done.stdout.split("\n"), (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    if len(lines) < 4 or not lines[0].isdigit():
+        raise PreflightError(
+            f"{host} should let this user in by ssh without a password; it did not ({said}). Set it up once: "
+            f"ssh-copy-id {host.partition(':')[0]}, then log in once by hand to accept its key."
+        )
+    if len(lines) < 5 or not lines[4].strip():
+        raise PreflightError(
+            f"{host} should have a Docker engine that its user may use; `docker version` there says: {said}. Install "
+            "it (sudo apt-get install docker.io) and join its group (sudo usermod -aG docker $USER) over there."
+        )
+    name = re.search(r"^hostname (\S+)$", settings, re.M)
+    return Peer(
+        host=host, address=address_of(name[1] if name else host.partition(":")[0].rpartition("@")[2]),
+        uid=int(lines[0]), gid=int(lines[1]), clock_off_s=float(lines[2]) - (before + after) / 2,
+        clock_known_s=(after - before) / 2, arch=lines[3], engine=lines[4].strip(),
+    )
+
+
+def reachable_boxes(
+    lets_in: Callable[[str], bool] | None = None, neighbours: Path = Path("/proc/net/arp"), folder: Path | None = None
+) -> list[str]:
+    """Returns the addresses of machines beside this one that it could train with: those to offer, not all there are.
+
+    Looked at are the neighbours that the kernel has talked to over an interface of at least 40 Gb/s (the cable between
+    two boxes, not the office's network), a few of them, and whether ssh lets this user in without asking.
+
+    Args:
+        lets_in: says so of an address; asks ssh when left out.
+        neighbours: /proc/net/arp.
+        folder: /sys/class/net.
+    """
+    found: list[str] = []
+    try:
+        lines = neighbours.read_text(encoding="ascii").splitlines()[1:]
+    except OSError:
+        return []
+    for line in lines:
+        fields = line.split()
+        if len(fields) < 6 or not int(fields[2], 16) & _ANSWERED:
+            continue
+        interface = interface_of(fields[5], folder) if folder else interface_of(fields[5])
+        if interface.up and (interface.megabits or 0) >= _CABLE_MEGABITS and fields[0] not in found:
+            found.append(fields[0])
+    return [address for address in found[:_MOST_ASKED] if (lets_in or _lets_in)(address)]
+
+
+def _lets_in(address: str) -> bool:
+    try:
+        return subprocess.run([*_ssh(address, "-o", "ConnectTimeout=2"), "true"], capture_output=True, check=False,
+                              stdin=subprocess.DEVNULL, timeout=5).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+# -- the image
+
+
+def send_image(
+    ours: Any, theirs: Any, tag: str, host: str, on_event: OnEvent, should_stop: Callable[[], bool] = lambda: False
+) -> bool:
+    """Makes sure that a machine has the same image under the same tag. Returns whether it had to be sent.
+
+    Args:
+        ours: the engine here.
+        theirs: the engine there.
+        tag: the content tag.
+        host: its name, for messages.
+        on_event: takes progress.
+        should_stop: True cancels.
+
+    Raises:
+        PreflightError: what arrived is another image.
+        Cancelled: `should_stop` said so.
+    """
+    from docker.errors import APIError, ImageNotFound
+
+    image = ours.images.get(tag)
+    with suppress(ImageNotFound):
+        if theirs.images.get(tag).id == image.id:
+            return False
+    total, done, begun = int(image.attrs["Size"]), 0, time.monotonic()
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal done
+        for chunk in image.save(chunk_size=_CHUNK, named=tag):
+            if should_stop():
+                raise Cancelled(f"Sending the image to {host} was stopped.")
+            done += len(chunk)
+            on_event({"kind": "progress", "phase": f"sending the image to {host}", "done": min(done, total),
+                      "total": total, "unit": "bytes", "elapsed_s": round(time.monotonic() - begun, 1)})
+            yield chunk
+
+    try:
+        list(theirs.api.load_image(chunks()) or ())
+        arrived = theirs.images.get(tag).id
+    except (APIError, ImageNotFound) as error:
+        raise PreflightError(f"The engine of {host} would not take the image {tag}: {error}") from error
+    if arrived != image.id:
+        raise PreflightError(
+            f"The image {tag} should be {image.id} on {host} too; there it became {arrived}. The engines keep images "
+            "differently (containerd's store on one of them?); use the same kind on both."
+        )
+    return True
+
+
+# -- files
+
+
+def tar_stream(root: Path, names: Sequence[str], uid: int, gid: int) -> Iterator[bytes]:
+    """Yields a tar archive of files and links below `root`, and of the folders that hold them, owned by uid and gid.
+
+    Raises:
+        PreflightError: a file changed while it was read.
+    """
+    folders: list[str] = []
+    for name in names:
+        for parent in reversed(Path(name).parents):
+            if str(parent) != "." and str(parent) not in folders:
+                folders.append(str(parent))
+    for name in [*folders, *names]:
+        path, info = root / name, tarfile.TarInfo(name)
+        info.uid, info.gid, info.mode = uid, gid, 0o755
+        if name in folders:
+            info.type = tarfile.DIRTYPE
+        elif path.is_symlink() and len(names) > 1:
+            info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
+        else:
+            facts = path.stat()
+            info.size, info.mtime, info.mode = facts.st_size, facts.st_mtime, facts.st_mode & 0o755
+        yield info.tobuf(format=tarfile.PAX_FORMAT)
+        if info.size:
+            left = info.size
+            with path.open("rb") as file:
+                while left:
+                    chunk = file.read(min(left, _CHUNK))
+                    if not chunk:
+                        raise PreflightError(f"{path} became shorter while it was sent. Start again when it is done.")
+                    left -= len(chunk)
+                    yield chunk
+            yield b"\0" * (-info.size % tarfile.BLOCKSIZE)
+    yield b"\0" * (2 * tarfile.BLOCKSIZE)
+
+
+def send_files(
+    container: Any, root: Path, names: Sequence[str], peer: Peer, on_event: OnEvent,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Writes files below `root` to the same place on another machine.
+
+    Args:
+        container: over there, with that folder mounted; it need not run.
+        root: the folder.
+        names: of the files, relative to it.
+        peer: the machine.
+        on_event: takes progress.
+        should_stop: True cancels.
+
+    Raises:
+        PreflightError: its engine refused.
+        Cancelled: `should_stop` said so.
+    """
+    from docker.errors import APIError
+
+    total, done, begun = sum((root / name).stat().st_size for name in names), 0, time.monotonic()
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal done
+        for chunk in tar_stream(root, names, peer.uid, peer.gid):
+            if should_stop():
+                raise Cancelled(f"Sending {root} to {peer.host} was stopped.")
+            done += len(chunk)
+            on_event({"kind": "progress", "phase": f"sending {root} to {peer.host}", "done": min(done, total),
+                      "total": total, "unit": "bytes", "elapsed_s": round(time.monotonic() - begun, 1)})
+            yield chunk
+
+    try:
+        container.put_archive(str(root), chunks())
+    except APIError as error:
+        raise PreflightError(f"{peer.host} would not take the files of {root}: {error.explanation or error}") from error
+
+
+# -- what it has
+
+
+def look(client: Any, options: Mapping[str, Any], asked: Mapping[str, Any], host: str) -> tuple[Any, dict[str, Any]]:
+    """Runs the inventory in a container and returns the container, which has ended, and the answer.
+
+    Raises:
+        PreflightError: it could not be made.
+    """
+    command = ["python", "-P", "-m", "sparktune.setup.machine.inventory", json.dumps(asked)]
+    container = create_container(client, **{**options, "command": command})
+    try:
+        return container, look_again(container, host)
+    except BaseException:
+        with suppress(Exception):  # already gone, or the engine is
+            container.remove(force=True)
+        raise
+
+
+def look_again(container: Any, host: str) -> dict[str, Any]:
+    """Runs such a container (once more) and returns its answer.
+
+    Raises:
+        PreflightError: there was none.
+    """
+    start_container(container)
+    container.wait()
+    said = container.logs().decode("utf-8", "replace")
+    answers = [line.partition(MARK)[2] for line in said.splitlines() if MARK in line]
+    if not answers:
+        raise PreflightError(f"{host} should say what it has; its container said: {said[-800:]}")
+    answer: dict[str, Any] = json.loads(answers[-1])
+    return answer

@@ -1,0 +1,361 @@
+"""A second machine: what of its name is refused, what ssh is given, what is sent, who waits for whom."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sparktune.setup.machine import boxes, peers
+from sparktune.setup.machine.boxes import inputs_of, link_of
+from sparktune.setup.machine.inventory import MARK, inventory, known_files, main
+from sparktune.setup.machine.peers import Peer, reach, reachable_boxes, send_image, tar_stream
+from sparktune.setup.plan.config import resolve
+from sparktune.setup.plan.errors import PreflightError, UsageError
+from sparktune.setup.plan.links import interface_of, interface_to
+from sparktune.setup.plan.rundir import RunDir
+from sparktune.setup.plan.schema import Plan
+from sparktune.training.launch import Node
+
+ROUTES = """Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
+enP7s7\t00000000\t0100A8C0\t0003\t0\t0\t100\t00000000\t0\t0\t0
+enP7s7\t0000A8C0\t00000000\t0001\t0\t0\t100\t00FFFFFF\t0\t0\t0
+enp1s0f0np0\t0064A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
+down0\t0065A8C0\t00000000\t0000\t0\t0\t0\t00FFFFFF\t0\t0\t0
+"""
+"""/proc/net/route of a machine with the office on 192.168.0.0/24 and the cable on 192.168.100.0/24."""
+
+
+@pytest.mark.parametrize(
+    "host", ["-oProxyCommand=touch x", "a b", "$(reboot)", "a;b", "a/b", "u@-x", "@a", "a:b", ""]
+)
+def test_what_could_be_an_option_or_a_line_of_a_shell_is_no_machine(host: str) -> None:
+    with pytest.raises(UsageError, match=r"--peers takes machines as \[USER@\]HOST\[:PORT\]"):
+        resolve({"peers": [host]}, {}, {}, {})
+
+
+def test_machines_as_ssh_takes_them() -> None:
+    plan = resolve({"peers": ["spark-b", "me@192.168.100.2:2222"], "gpus": 2}, {}, {}, {})
+    assert plan.processes == 6
+    assert resolve({}, {"peers": ["b"]}, {}, {}).peers == ["b"], "a key of the config"
+    assert plan.backend == "docker"
+    with pytest.raises(UsageError, match="--backend is local"):
+        resolve({"peers": ["b"], "backend": "local"}, {}, {}, {})
+
+
+@pytest.mark.parametrize("text", ["2/2@a:1", "0/2@a", "0/2@-a:1", "x/2@a:1", "0/2@a:0", "0/2@a:70000"])
+def test_a_place_among_machines_that_is_none(text: str) -> None:
+    with pytest.raises(UsageError, match="--node should say"):
+        Node.of(text)
+
+
+# -- links
+
+
+@pytest.mark.parametrize(("address", "interface"), [
+    ("192.168.100.2", "enp1s0f0np0"), ("192.168.0.9", "enP7s7"), ("8.8.8.8", "enP7s7"), ("127.0.0.1", "lo"),
+    ("192.168.101.2", "enP7s7"),  # its own route is down
+])
+def test_the_interface_that_leads_somewhere(address: str, interface: str) -> None:
+    assert interface_to(address, ROUTES) == interface
+
+
+def test_nothing_leads_anywhere_without_routes() -> None:
+    assert interface_to("10.0.0.1", ROUTES.splitlines()[0]) is None
+
+
+@pytest.fixture
+def sys_net(tmp_path: Path) -> Path:
+    for name, state, speed in (("cable", "up", "200000"), ("office", "up", "1000"), ("veth", "up", "-1"),
+                               ("dead", "down", "")):
+        (tmp_path / "net" / name).mkdir(parents=True)
+        (tmp_path / "net" / name / "operstate").write_text(state + "\n")
+        (tmp_path / "net" / name / "speed").write_text(speed + "\n")
+    return tmp_path / "net"
+
+
+def test_how_fast_an_interface_says_it_is(sys_net: Path) -> None:
+    assert (interface_of("cable", sys_net).megabits, interface_of("cable", sys_net).up) == (200_000, True)
+    assert interface_of("veth", sys_net).megabits is None
+    assert not interface_of("dead", sys_net).up
+
+
+def test_boxes_that_are_offered_are_on_the_fast_link_and_let_us_in(tmp_path: Path, sys_net: Path) -> None:
+    table = tmp_path / "arp"
+    table.write_text(
+        "IP address       HW type     Flags       HW address            Mask     Device\n"
+        "192.168.100.2    0x1         0x2         a0:b1:c2:d3:e4:f5     *        cable\n"
+        "192.168.100.3    0x1         0x2         a0:b1:c2:d3:e4:f6     *        cable\n"
+        "192.168.100.4    0x1         0x0         00:00:00:00:00:00     *        cable\n"
+        "192.168.0.1      0x1         0x2         a0:b1:c2:d3:e4:f7     *        office\n"
+    )
+    asked: list[str] = []
+
+    def lets_in(address: str) -> bool:
+        asked.append(address)
+        return address.endswith(".2")
+
+    assert reachable_boxes(lets_in, table, sys_net) == ["192.168.100.2"]
+    assert asked == ["192.168.100.2", "192.168.100.3"], "nobody in the office is asked"
+    assert reachable_boxes(lets_in, tmp_path / "none", sys_net) == []
+
+
+# -- ssh
+
+
+@pytest.fixture
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program that poses as ssh, notes its arguments and says what `answer` holds."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "ssh"
+    program.write_text(
+        "#!/bin/sh\nfor word; do printf '%s\\n' \"$word\" >> \"$0.asked\"; done\n"
+        'case " $* " in *" -G "*) echo "hostname 127.0.0.1"; exit 0;; esac\n'
+        'cat "$0.answer"; cat "$0.error" >&2; exit "$(cat "$0.code")"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    for name, text in (("answer", ""), ("error", ""), ("code", "0")):
+        (program.parent / f"ssh.{name}").write_text(text)
+    return program.parent
+
+
+def test_a_machine_that_answers(ssh: Path) -> None:
+    (ssh / "ssh.answer").write_text("1000\n1001\n100.5\naarch64\n28.2.2\n")
+    peer = reach("me@spark-b:2222")
+    assert (peer.uid, peer.gid, peer.arch, peer.engine, peer.address) == (1000, 1001, "aarch64", "28.2.2", "127.0.0.1")
+    assert peer.clock_off_s < -1e9, "its clock stands in 1970"
+    asked = (ssh / "ssh.asked").read_text().splitlines()
+    assert asked[-2:] == ["me@spark-b", peers._LOOK], "a constant, and a host behind --"
+    assert asked[asked.index("-p") + 1] == "2222"
+    assert asked[asked.index("--") - 1] == "2222"
+    assert "BatchMode=yes" in asked
+
+
+@pytest.mark.parametrize(("answer", "error", "code", "words"), [
+    ("", "Permission denied (publickey).", "255", "without a password; it did not (Permission denied (publickey).)"),
+    ("", "Host key verification failed.", "255", "ssh-copy-id spark-b"),
+    ("1000\n1000\n5.0\naarch64\n", "sh: 1: docker: not found", "127", "should have a Docker engine"),
+])
+def test_a_machine_that_does_not(ssh: Path, answer: str, error: str, code: str, words: str) -> None:
+    for name, text in (("answer", answer), ("error", error), ("code", code)):
+        (ssh / f"ssh.{name}").write_text(text)
+    with pytest.raises(PreflightError) as refused:
+        reach("spark-b")
+    assert words in str(refused.value)
+
+
+def test_all_machines_are_on_one_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peer(address: str) -> Peer:
+        return Peer(host=address, address=address, uid=1, gid=1, clock_off_s=0, clock_known_s=0, arch="x", engine="1")
+
+    monkeypatch.setattr(boxes, "own_address", lambda other: other.rpartition(".")[0] + ".1")
+    monkeypatch.setattr(boxes, "interface_to", lambda address: interface_to(address, ROUTES))
+    assert link_of([peer("192.168.100.2"), peer("192.168.100.3")]) == ("192.168.100.1", "enp1s0f0np0")
+    with pytest.raises(PreflightError, match="through one interface"):
+        link_of([peer("192.168.100.2"), peer("192.168.0.3")])
+
+
+# -- what is sent
+
+
+def test_a_tar_holds_files_links_and_their_folders_for_the_other_user(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "one").write_bytes(b"x" * 1000)
+    (tmp_path / "snap" / "a").mkdir(parents=True)
+    (tmp_path / "snap" / "a" / "model").symlink_to("../../blobs/one")
+    made = b"".join(tar_stream(tmp_path, ["blobs/one", "snap/a/model"], 23456, 23457))
+    with tarfile.open(fileobj=io.BytesIO(made)) as archive:
+        members = {m.name: m for m in archive.getmembers()}
+        assert list(members) == ["blobs", "snap", "snap/a", "blobs/one", "snap/a/model"]
+        assert {(m.uid, m.gid) for m in members.values()} == {(23456, 23457)}
+        assert archive.extractfile("blobs/one").read() == b"x" * 1000  # type: ignore[union-attr]
+        assert members["snap/a/model"].linkname == "../../blobs/one"
+    with tarfile.open(fileobj=io.BytesIO(b"".join(tar_stream(tmp_path / "snap" / "a", ["model"], 1, 1)))) as archive:
+        assert archive.getmember("model").size == 1000, "data given as a link is sent as what it leads to"
+
+
+def test_files_are_told_apart_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparktune.setup.machine import inventory as module
+
+    monkeypatch.setattr(module, "_WHOLE", 1000)
+    monkeypatch.setattr(module, "_SAMPLE", 10)
+    (tmp_path / "m").mkdir()
+    for name, size in (("small", 100), ("large", 5000)):
+        (tmp_path / "m" / name).write_bytes(b"a" * size)
+    before = known_files([str(tmp_path / "m"), str(tmp_path / "none")])
+    assert sorted(before) == [str(tmp_path / "m" / "large"), str(tmp_path / "m" / "small")]
+    (tmp_path / "m" / "large").write_bytes(b"b" * 5000)
+    after = known_files([str(tmp_path / "m")])
+    assert {path for path in before if before[path] != after[path]} == {str(tmp_path / "m" / "large")}
+
+
+def test_the_inventory_is_one_line_of_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"files": [str(tmp_path)], "written": [str(tmp_path)], "towards": "127.0.0.1"}
+    monkeypatch.setattr("sys.argv", ["inventory", json.dumps(asked)])
+    assert main() == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line.removeprefix(MARK))
+    assert found["refused"] == found["new"] == []
+    assert found["interface"]["name"] == "lo"
+    assert found["memory_gib"] > 0
+    assert inventory([], [], "127.0.0.1")["disk_gib"] == 0
+
+
+def test_every_machine_reads_plan_data_and_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    run = RunDir(name="r", results_root=tmp_path / "results", output_root=tmp_path / "output")
+    (tmp_path / "base").mkdir()
+    data = tmp_path / "d.jsonl"
+    data.touch()
+    plan = Plan(model=str(tmp_path / "base"), data=data)
+    assert inputs_of(run, plan) == [str(run.plan), str(data), str(tmp_path / "base")]
+    hub = inputs_of(run, plan.model_copy(update={"model": "Qwen/Qwen3.5-2B"}))
+    assert hub[-1] == str(tmp_path / "hf" / "hub" / "models--Qwen--Qwen3.5-2B")
+
+
+class Images:
+    """An engine's images: tag -> id. What is loaded becomes `becomes`."""
+
+    def __init__(self, have: dict[str, str], becomes: str = "sha256:1") -> None:
+        self.have, self.becomes, self.loaded = have, becomes, 0
+        self.images = self.api = self
+
+    def get(self, tag: str) -> Any:
+        from docker.errors import ImageNotFound
+
+        if tag not in self.have:
+            raise ImageNotFound(tag)
+        return SimpleNamespace(
+            id=self.have[tag], attrs={"Size": 30}, save=lambda chunk_size, named: iter([b"0123456789"] * 3)
+        )
+
+    def load_image(self, chunks: Iterator[bytes]) -> list[Any]:
+        self.loaded = sum(map(len, chunks))
+        self.have["t"] = self.becomes
+        return []
+
+
+def test_an_image_is_sent_where_it_is_another_and_checked() -> None:
+    ours, seen = Images({"t": "sha256:1"}), []
+    assert not send_image(ours, Images({"t": "sha256:1"}), "t", "b", seen.append)
+    for have in ({}, {"t": "sha256:0"}):
+        theirs = Images(dict(have))
+        assert send_image(ours, theirs, "t", "b", seen.append)
+        assert theirs.loaded == 30
+    assert seen[-1]["done"] == seen[-1]["total"] == 30
+    with pytest.raises(PreflightError, match="there it became sha256:2"):
+        send_image(ours, Images({}, "sha256:2"), "t", "b", seen.append)
+
+
+# -- waiting
+
+
+class Container:
+    """Ends as told: by itself after some looks, or by a signal."""
+
+    def __init__(self, looks: int | None, code: int = 0, on_int: int = 75) -> None:
+        self.looks, self.code, self.on_int, self.signals = looks, code, on_int, []
+        self.status, self.attrs = "running", {"State": {"ExitCode": 0}}
+
+    def _end(self, code: int) -> None:
+        self.status, self.attrs = "exited", {"State": {"ExitCode": code}}
+
+    def reload(self) -> None:
+        if self.looks is not None:
+            self.looks -= 1
+            if self.looks <= 0:
+                self._end(self.code)
+
+    def kill(self, signal: str) -> None:
+        self.signals.append(signal)
+        self._end(self.on_int if signal == "SIGINT" else 137)
+
+
+class Stop:
+    """Signals so far."""
+
+    count = 0
+
+
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Waits for two machines' containers; returns the exit code and the log."""
+    for name, value in (("_POLL_S", 0.001), ("_STATUS_S", 0.0), ("_FAR_STATUS_S", 0.0), ("_LEFT_ALONE_S", 0.05)):
+        monkeypatch.setattr(boxes, name, value)
+
+    def run(here: Container, there: Container, stop: Any = None, on_poll: Any = lambda: None) -> tuple[int, str]:
+        with (tmp_path / "log").open("wb") as file:
+            backend = boxes.BoxesBackend.__new__(boxes.BoxesBackend)
+            parts = [boxes._Part(name="this machine", container=here, far=False),
+                     boxes._Part(name="b", container=there, far=True)]
+            code = backend._wait_for_all(parts, boxes._SharedLog(file), on_poll, stop or Stop())
+        return code, (tmp_path / "log").read_text()
+
+    return run
+
+
+def test_both_end_well(wait: Any) -> None:
+    code, log = wait(Container(3), Container(2))
+    assert code == 0
+    assert log.splitlines() == [f"The ranks on {name} ended with exit code 0." for name in ("b", "this machine")]
+
+
+@pytest.mark.parametrize(("here", "there", "code"), [
+    (Container(9, 1), Container(2, 5), 1),  # both say why; this machine's code counts
+    (Container(None), Container(2, 5), 5),  # here nothing ended by itself: it is killed, the first bad code counts
+    (Container(2, 3), Container(None), 3),
+])
+def test_one_that_fails_takes_the_other_with_it(wait: Any, here: Container, there: Container, code: int) -> None:
+    found, log = wait(here, there)
+    assert found == code
+    for container, name in ((here, "this machine"), (there, "b")):
+        if container.looks is None:
+            assert container.signals == ["SIGKILL"]
+            assert f"The ranks on {name} did not end by themselves; they are killed." in log
+
+
+def test_one_ctrl_c_reaches_both_and_a_second_kills(wait: Any) -> None:
+    class Once(Stop):
+        count = 1
+
+    here, there = Container(None), Container(None)
+    assert wait(here, there, Once())[0] == 75
+    assert here.signals == there.signals == ["SIGINT"]
+
+    class Twice(Stop):
+        count = 2
+
+    here, there = Container(None), Container(None)
+    assert wait(here, there, Twice())[0] == 130
+    assert here.signals[-1] == there.signals[-1] == "SIGKILL"
+
+
+def test_a_machine_that_does_not_answer_is_left_to_the_ranks(wait: Any) -> None:
+    class Silent(Container):
+        def reload(self) -> None:
+            raise ConnectionError("no way there")
+
+    assert wait(Container(3, 1), Silent(None))[0] == 1
+
+
+def test_lines_of_the_other_machine_say_where_they_are_from(tmp_path: Path) -> None:
+    class Speaker:
+        def logs(self, **_: Any) -> Iterator[bytes]:
+            return iter([b"step 1\nste", b"p 2\nend"])
+
+    with (tmp_path / "log").open("wb") as file:
+        log = boxes._SharedLog(file)
+        log.copy(Speaker(), "spark-b", True)
+        log.copy(Speaker(), "this machine", False)
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "[spark-b] step 1", "[spark-b] step 2", "[spark-b] end", "step 1", "step 2", "end"]
