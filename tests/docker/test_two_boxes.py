@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,18 +72,13 @@ class FarBox:
         (self.folder / "bob").mkdir()
         self._cable()
         self._keep_files()
-        box = self
-
-        class Engine(self._engine_class):  # type: ignore[misc, name-defined]
-            def _spawn(self, program: str, *arguments: str) -> None:
-                wrapped = box.inside(program, *arguments)
-                super()._spawn(wrapped[0], *wrapped[1:])
-
-            def _until(self, name: str, answers: Callable[[], bool]) -> None:
-                super()._until("nsenter", answers)
-
+        spawn, until = self._engine_class._spawn, self._engine_class._until
+        far = type("FarEngine", (self._engine_class,), {
+            "_spawn": lambda engine, *argv: spawn(engine, *self.inside(*argv)),
+            "_until": lambda engine, name, answers: until(engine, "nsenter", answers),
+        })
         (self.folder / "engine").mkdir()
-        self.engine = Engine(self.folder / "engine")
+        self.engine = far(self.folder / "engine")
         self.engine.start()
         self._serve_ssh()
 
