@@ -33,14 +33,19 @@ _MARK = "sparktune-link: "
 """Of training/linktest.py."""
 
 
-def _image(client: Any, plan: Plan) -> str | None:
-    """Returns the id of the newest image of the plan's stack on an engine."""
+def _image(client: Any, name: str) -> str | None:
+    """Returns the id of an image on an engine, by its name or its id; None where it is not there."""
     from docker.errors import ImageNotFound
 
     try:
-        return str(client.images.get(f"sparktune:{plan.stack}-opt").id)
+        return str(client.images.get(name).id)
     except ImageNotFound:
         return None
+
+
+def _newest(plan: Plan) -> str | None:
+    """Returns the id of this machine's newest image of the plan's stack: the one that a run sends to the others."""
+    return _image(connect(), f"sparktune:{plan.stack}-opt")
 
 
 def peer_checks(plan: Plan) -> list[Check]:
@@ -95,18 +100,16 @@ def _far_end(peer: Peer, plan: Plan) -> list[Check]:
     """The image over there, and what a container of it sees: interface, memory, disk, GPUs."""
     name = f"{peer.host}: image"
     address, interface = link_of([peer])
-    ours = _image(connect(), plan)
-    client = peer.client()
-    theirs = _image(client, plan)
+    ours, client = _newest(plan), peer.client()
+    theirs = ours and _image(client, ours)
     near = interface_of(interface)
     if theirs is None or ours is None:
-        where = "there" if ours else "here" if theirs else "on either machine"
+        where = "there" if ours else "here"
         return [
             Check(name=name, status="ok", seen=f"no image {where} yet; the first run makes it here and sends it"),
             _link(peer, near, None),
         ]
-    checks = [Check(name=name, status="ok", seen="the same image id as here" if ours == theirs else
-                    "another image id than here; the next run sends ours")]
+    checks = [Check(name=name, status="ok", seen="the same image id as here")]
     options = container_base("look", f"{peer.uid}:{peer.gid}") | {"image": theirs, "network_mode": "host"}
     container, found = look(client, options, {"files": [], "written": ["/"], "towards": address}, peer.host)
     with suppress(Exception):  # it has ended; the next start removes what is left
@@ -163,8 +166,8 @@ def bandwidth_check(plan: Plan) -> Check:
 def _bandwidth(plan: Plan) -> Check:
     peers = [reach(host) for host in plan.peers]
     clients = [connect(), *(peer.client() for peer in peers)]
-    images = [_image(client, plan) for client in clients]
-    if None in images:
+    image = _newest(plan)
+    if image is None or not all(_image(client, image) for client in clients):
         return Check(name="bandwidth", status="ok", seen="not measured: there is no image on every machine yet",
                      fix="The first run makes and sends it; then ask the doctor again.")
     address, interface = link_of(peers)
@@ -175,7 +178,7 @@ def _bandwidth(plan: Plan) -> Check:
     try:
         for i, (client, user) in enumerate(zip(clients, users, strict=True)):
             command = ["python", "-P", "-m", "sparktune.training.linktest", "--node", f"{i}/{meeting}"]
-            options = container_base("link", user, gpus=gpus) | {"image": images[i], "network_mode": "host"}
+            options = container_base("link", user, gpus=gpus) | {"image": image, "network_mode": "host"}
             containers.append(create_container(client, command=command if gpus else [*command, "--cpu"], **options))
         for container in reversed(containers):
             start_container(container)
