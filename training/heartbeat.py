@@ -210,7 +210,10 @@ class Watchdog:
                 f"No sign of life for {lost:.0f} s from {named}: killed, frozen, or cut off from the network"
             ), 1, "first"
         what, until = self._phase
-        if until is not None and now > until:
+        # FSDP waits for the others inside a pass: beside a rank that has fallen silent nobody is called stuck
+        silent = any(now - at > _HEARS * self._limits.pulse_s and value != _DONE.encode()
+                     for value, at in self._seen.values())
+        if until is not None and now > until and not silent:
             return self._sentence(
                 f"Rank {self._rank} ({self._who[self._rank]}) is stuck in {what}: it has been there for longer than "
                 f"{self._limits.stuck_s:.0f} s and three of its slowest steps, and the others wait for it"

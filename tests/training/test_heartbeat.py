@@ -126,6 +126,13 @@ def test_a_rank_that_stays_in_a_step_is_stuck_and_waiting_does_not_count(rank: R
     assert "Rank 0 (process 1 on a) is stuck in step 9" in rank.said[0][0]
 
 
+def test_who_waits_for_a_silent_rank_inside_a_pass_is_not_stuck(rank: Rank) -> None:
+    rank.dog.enter("step 9", slowest_s=0.01)
+    rank.dog._phase = ("step 9", time.monotonic() + LOST / 2)  # before the other's silence has lasted long enough
+    assert rank.left.wait(30)
+    assert "No sign of life" in rank.said[0][0]
+
+
 def test_a_rank_that_is_through_is_not_missed(rank: Rank) -> None:
     rank.store.set("pulse/1", "done")
     assert not rank.left.wait(3 * LOST)

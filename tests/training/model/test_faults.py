@@ -1,6 +1,7 @@
 """A rank is killed, freezes, hangs, refuses or is cut off: the others stop soon, one sentence says why, all is kept.
 
-The limits are 15 s instead of a user's 20 (training/heartbeat.py).
+The limits are 15 s instead of a user's 20 (training/heartbeat.py), whose judgement test_heartbeat.py samples in the
+default tier.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ FAULTS = {
     "stuck": ("stuck", 1, "lora", "is stuck in step 4"),
     "refused": ("refused", 1, "lora", "The disk of rank 1 said no."),
 }
-SAMPLE = ("refused",)
-"""Of the default tier, for it waits for nothing; the others are the nightly one's."""
 FAULT_STEP = 4
 
 
@@ -70,29 +69,19 @@ def assert_loadable(folder: Path, name: str) -> None:
 @pytest.fixture(scope="module")
 def faults(
     oracles: Callable[[str], tuple[Any, Path]], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], tuple[Path, dict[str, dict[str, list[float]]]]]:
-    """Case -> the folder of its tier's cases, which run at once, and how each rank ended."""
-    made: dict[bool, tuple[Path, dict[str, dict[str, list[float]]]]] = {}
-
-    def get(name: str) -> tuple[Path, dict[str, dict[str, list[float]]]]:
-        tier = name in SAMPLE
-        if tier not in made:
-            folder = tmp_path_factory.mktemp("faults")
-            model = oracles("qwen3")[1]
-            cases = [case_of(n, model, *values[:3]) for n, values in FAULTS.items() if (n in SAMPLE) == tier]
-            made[tier] = folder, run(folder, cases)
-        return made[tier]
-
-    return get
+) -> tuple[Path, dict[str, dict[str, list[float]]]]:
+    """The folder of all cases, which run at once, and how each rank ended."""
+    folder = tmp_path_factory.mktemp("faults")
+    model = oracles("qwen3")[1]
+    return folder, run(folder, [case_of(name, model, *values[:3]) for name, values in FAULTS.items()])
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name in SAMPLE else [pytest.mark.slow]) for name in FAULTS
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
 def test_all_ranks_stop_with_one_sentence_and_a_checkpoint(
-    faults: Callable[[str], tuple[Path, dict[str, dict[str, list[float]]]]], name: str
+    faults: tuple[Path, dict[str, dict[str, list[float]]]], name: str
 ) -> None:
-    folder, ended = faults(name)
+    folder, ended = faults
     fault, rank, _, words = FAULTS[name]
     frozen = fault == "frozen"
     assert set(ended[name]) == {"0", "1"} - ({str(rank)} if frozen else set())
