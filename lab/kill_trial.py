@@ -184,7 +184,7 @@ def _check_stop(place: Path, code: int, outcome: Outcome) -> None:
 
 def _look(world: World, place: Path, outcome: Outcome) -> None:
     """Looks at what lies there after the interruption: whatever has its final name must be whole."""
-    root, found = place / "results" / NAME, hashes(place, whole=False)
+    root, found = place / "results" / NAME, _hashes_beside_a_writer(place)
     for path, digest in found.items():
         expected = world.files.get(path)
         # a card is written anew after the evaluation, samples and the report's figures grow with the stages
@@ -206,6 +206,16 @@ def _look(world: World, place: Path, outcome: Outcome) -> None:
     for name in ("state.json", "summary.json"):
         if (root / name).is_file():
             json.loads((root / name).read_text(encoding="utf-8"))
+
+
+def _hashes_beside_a_writer(place: Path) -> dict[str, str]:
+    """Hashes what lies there; once more when a stage that outlived its parent removed an old checkpoint meanwhile."""
+    for _ in range(20):
+        try:
+            return hashes(place, whole=False)
+        except FileNotFoundError:
+            time.sleep(0.05)
+    return hashes(place, whole=False)
 
 
 def _resume(world: World, trial: Trial, stage: str, session: Session, outcome: Outcome) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ __all__ = ["StageFailed", "StageRunner"]
 
 _LOG_TAIL_LINES = 15
 _KILLED = 137
+_ASKED_TO_END = frozenset(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
+"""Codes of a stage that such a signal met before it could answer: while Python was still starting, say."""
 
 
 class StageFailed(SparktuneError):
@@ -104,6 +107,8 @@ class StageRunner:
                 code = self.backend.run_stage(
                     stage, self.run, self.plan, on_poll=poll, stop=self.stop, lock_fd=self.lock.fd
                 )
+                if code in _ASKED_TO_END or (self.stop.count and code not in (ExitCode.OK, ExitCode.STOPPED)):
+                    code = int(ExitCode.INTERRUPTED)
                 poll()
             finally:
                 tail.close()
@@ -111,8 +116,6 @@ class StageRunner:
                 self.display.end(stage, seconds, code)
                 tracking.finish(code == ExitCode.OK)
         if code != ExitCode.OK:
-            if self.stop.count and code != ExitCode.STOPPED:
-                code = int(ExitCode.INTERRUPTED)
             self._explain(stage, code, errors, log_start)
             raise StageFailed(stage, code)
         return seconds

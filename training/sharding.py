@@ -44,7 +44,9 @@ def build_sharded(spec: ModelSpec, ops: OpTable, dtype: torch.dtype, device: tor
     model = TextTower(spec, ops, dtype=wide, device=torch.device("meta"))
     train_everything(model)
     mesh = init_device_mesh(device.type, (ranks,))
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == wide else dtype, reduce_dtype=wide)
+    # Inputs stay as they come: a block takes the rotary tables in float32, and hidden states are in `dtype` anyway.
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == wide else dtype, reduce_dtype=wide, cast_forward_inputs=False)
     # Computed with in float32 whatever the compute type, and tiny: every rank has them whole.
     apart = {p for name, p in model.named_parameters() if name.endswith((".A_log", ".dt_bias"))}
     for block in model.layers:

@@ -56,6 +56,9 @@ if behaviour.get("error"):
     emit("message", level="error", text=behaviour["error"])
 if behaviour.get("code"):
     sys.exit(behaviour["code"])
+if behaviour.get("signal"):
+    signal.signal(behaviour["signal"], signal.SIG_DFL)
+    os.kill(os.getpid(), behaviour["signal"])
 for text_path, text in ([] if behaviour.get("nothing") else outputs):
     path = Path(text_path)
     if path.suffix in (".json", ".html", ".jsonl"):
@@ -421,6 +424,19 @@ def test_signals(plan: Plan, tmp_path: Path, loop: str, signals: list[int], code
     assert "resume" in said
     state = RunState(RunDir.from_root(plan.results / "one", plan.output))
     assert set(state.stages) == {"prepare"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_stage_that_a_signal_meets_before_it_can_answer_is_no_failure(
+    plan: Plan, backend: ScriptedBackend, number: int
+) -> None:
+    backend.behave({"train": {"signal": number}})
+    code, said = run(plan)
+    assert code == ExitCode.INTERRUPTED
+    assert "resume" in said
+    assert "repaired" not in said
+    backend.behave({})
+    assert resume(plan)[0] == 0
 
 
 def test_stage_lists() -> None:

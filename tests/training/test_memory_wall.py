@@ -58,7 +58,7 @@ def test_every_policy_down_to_the_last_gives_the_same_step(tiny_model: Path) -> 
 
 @pytest.mark.gpu
 def test_a_real_shortage_on_a_gpu_ends_with_the_next_policy(tmp_path: Path) -> None:
-    folder, data, device = make_model(tmp_path / "tiny", "tiny"), packs("cuda"), torch.device("cuda")
+    folder, data, device = make_model(tmp_path / "tiny", "tiny"), packs("cuda"), torch.device("cuda", 0)
     peaks, losses = {}, {}
     for policy in ("none", "layer"):
         gc.collect()  # what earlier tests of this process left behind, graphs' pools among it
