@@ -28,7 +28,8 @@ from sparktune.setup.plan.links import address_of, interface_to
 __all__ = ["Node", "gpus_of_command", "launch", "name_interfaces"]
 
 _GRACE_S = 600
-"""For ranks that are told to stop: the step in progress, and a checkpoint."""
+"""For ranks that are told to stop: the step in progress, and a checkpoint. Where torch's agent gives 30 s of its own
+from the first rank's end, that is enough too: ranks that stop together end together, when the checkpoint is whole."""
 _MEET_S = 600
 """For the agents of several machines to find each other: one may still be looking at its model's files."""
 _NODE = re.compile(r"(\d+)/(\d+)@([A-Za-z0-9][A-Za-z0-9.-]*):(\d{1,5})")
@@ -126,10 +127,12 @@ def _config(gpus: int, node: Node | None) -> Any:
         # static: machine 0 has the run's folder, so rank 0 must be there; c10d gives ranks as machines come
         meeting = {"rdzv_backend": "static", "rdzv_endpoint": f"{node.host}:{node.port}", "run_id": "sparktune",
                    "rdzv_configs": {"rank": node.index, "timeout": _MEET_S}}
+    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:  # the image's torch 2.11 gives 30 s
+        meeting["shutdown_timeout"] = _GRACE_S
     count = 1 if node is None else node.count
     return LaunchConfig(
         min_nodes=count, max_nodes=count, nproc_per_node=gpus, max_restarts=0, logs_specs=DefaultLogsSpecs(),
-        shutdown_timeout=_GRACE_S, signals_to_handle="SIGQUIT",  # the others are passed on, once, by us
+        signals_to_handle="SIGQUIT",  # the others are passed on, once, by us
         **meeting,
     )
 

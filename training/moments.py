@@ -16,6 +16,7 @@ from torch import nn
 
 from sparktune.setup.plan.errors import PreflightError
 from sparktune.training.quantised import import_bitsandbytes
+from sparktune.training.spread import is_spread
 
 __all__ = ["BnbMoments", "Moments", "TorchMoments", "make_moments"]
 
@@ -49,9 +50,10 @@ class TorchMoments:
         self, masters: Mapping[str, nn.Parameter], *, betas: tuple[float, float], eps: float, weight_decay: float
     ) -> None:
         self._masters = masters
-        groups = [
-            {"params": [m for m in masters.values() if m.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [m for m in masters.values() if m.ndim < 2], "weight_decay": 0.0},
+        groups = [  # the fused update takes tensors that are spread over ranks, or others, but not both in one list
+            {"params": [m for m in masters.values() if (m.ndim >= 2) == decays and is_spread(m) == spread],
+             "weight_decay": weight_decay if decays else 0.0}
+            for decays in (True, False) for spread in (True, False)
         ]
         on_gpu = any(m.is_cuda for m in masters.values())
         self._adamw = torch.optim.AdamW(

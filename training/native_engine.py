@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
@@ -236,6 +237,7 @@ class NativeEngine:
             policy = order[order.index(model.recompute) + 1]
         self.graphs.forget()  # they keep what the old policy kept
         model.set_recompute(policy)
+        gc.collect()  # frames of the exception may lie in reference cycles
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return policy

@@ -92,11 +92,11 @@ class RecomputedOutputs:
         # A live output still owns its address, so the address alone cannot belong to another tensor; a view of it may
         # have another shape and is kept as it is.
         if entry is None or entry[0]() is None or tensor.numel() == 0:
-            return tensor
+            return tensor.detach()  # an op that saves its own output would keep itself alive through a hook, for ever
         recipe = entry[1]
         same = tensor.shape.numel() == recipe.shape.numel() and tensor.is_contiguous()
         if not same or tensor.dtype != entry[0]().dtype:
-            return tensor
+            return tensor.detach()
         if tensor.shape == recipe.shape and tensor.stride() == recipe.stride:
             return recipe
         return _Recipe(lambda shape=tensor.shape: recipe.value().reshape(shape), tensor)

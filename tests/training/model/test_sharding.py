@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from sparktune.kernels.select import reference_ops
 from sparktune.setup.plan.models import probe
+from sparktune.training.moments import TorchMoments
 from sparktune.training.sharding import build_sharded, load_sharded
 from sparktune.training.tower import TextTower
 
@@ -42,3 +46,33 @@ def test_bfloat16_is_the_whole_towers_bit_for_bit(
         expected = build(folder, torch.bfloat16).loss_sum(batch)
     assert seen == [(torch.float32, torch.float32)]
     assert loss == expected
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_the_fused_update_takes_spread_tensors_beside_whole_ones() -> None:
+    """As on a GPU: every layer's A_log and dt_bias are whole, all else is spread."""
+    mesh, draw = init_device_mesh("cpu", (1,)), torch.Generator().manual_seed(1)
+    values = {f"{name}{i}": torch.randn(shape, generator=draw)
+              for i in range(2) for name, shape in (("weight", (6, 4)), ("norm", (6,)), ("A_log", (3,)))}
+    gradients = {name: torch.randn(value.shape, generator=draw) for name, value in values.items()}
+
+    def updated(fused: bool) -> dict[str, torch.Tensor]:
+        masters = {name: nn.Parameter(value.clone()) for name, value in values.items()}
+        if fused:
+            masters |= {name: nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
+                        for name, value in values.items() if not name.startswith("A_log")}
+        moments = TorchMoments(masters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        for group in moments._adamw.param_groups:
+            group["fused"] = fused
+        for name, master in masters.items():
+            gradient = gradients[name]
+            spread = fused and not name.startswith("A_log")
+            master.grad = distribute_tensor(gradient, mesh, [Shard(0)]) if spread else gradient.clone()
+        moments.update(1e-2)
+        return {name: master.detach().full_tensor() if hasattr(master, "full_tensor") else master.detach()
+                for name, master in masters.items()}
+
+    plain, fused = updated(False), updated(True)
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(value, values[name])
