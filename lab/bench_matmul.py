@@ -184,9 +184,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.tiles:
         return write_tiles()
-    if not torch.cuda.is_available():
-        print("Times need a CUDA GPU; torch sees none here. --tiles compiles for GB10 without one.", file=sys.stderr)
-        return 3
+    from sparktune.lab.measure import EXIT_NO_GPU, lacks_gpu
+
+    if lacks_gpu("Timing (--tiles, which compiles for GB10, does not)"):
+        return EXIT_NO_GPU
     if not right(options.size, options.rank):
         print("nothing is timed on red", file=sys.stderr)
         return 1

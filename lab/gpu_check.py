@@ -23,7 +23,7 @@ import torch
 
 from sparktune.lab.gpu_check_ops import TIMED, Timed
 from sparktune.lab.kernel_cases import CASES, Case, errors_of
-from sparktune.lab.measure import device_ms, machine_row
+from sparktune.lab.measure import EXIT_NO_GPU, device_ms, lacks_gpu, machine_row
 from sparktune.lab.table import append_rows
 
 __all__ = ["main"]
@@ -162,6 +162,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only cases and ops whose name contains this")
     parser.add_argument("--no-time", action="store_true", help="correctness only")
     options = parser.parse_args()
+    if lacks_gpu("Checking ops on a GPU"):
+        return EXIT_NO_GPU
     start = time.time()
     green = check(torch.device("cuda"), options.seeds, options.only, options.errors)
     print(f"correctness took {time.time() - start:.0f} s", flush=True)

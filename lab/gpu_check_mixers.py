@@ -31,7 +31,7 @@ from sparktune.kernels.gated_delta_rule.function import gated_delta_rule_fused
 from sparktune.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from sparktune.kernels.varlen_attention.function import varlen_attention_flash, varlen_attention_fused
 from sparktune.kernels.varlen_attention.reference import varlen_attention_reference
-from sparktune.lab.measure import device_ms, machine_row
+from sparktune.lab.measure import EXIT_NO_GPU, device_ms, lacks_gpu, machine_row
 from sparktune.lab.table import append_rows
 
 __all__ = [
@@ -321,6 +321,8 @@ def main() -> int:
     parser.add_argument("--no-time", action="store_true", help="correctness only")
     parser.add_argument("--value-heads", type=int, help="of the delta rule's cases only those with so many; no times")
     options = parser.parse_args()
+    if lacks_gpu("Checking the mixers on a GPU"):
+        return EXIT_NO_GPU
     start = time.time()
     right_attention, found = check_attention(options.seeds) if options.only != "delta_rule" else (set(), [])
     right_rule, more = (check_delta_rule(options.seeds, options.value_heads) if options.only != "attention"

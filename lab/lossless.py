@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import tempfile
 from collections.abc import Iterable
 from importlib import import_module
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from sparktune.kernels.select import reference_ops
-from sparktune.lab.measure import command_row, machine_row
+from sparktune.lab.measure import EXIT_NO_GPU, command_row, lacks_gpu, machine_row
 from sparktune.lab.native import build_engine, micro_batches
 from sparktune.lab.shapes import make_model, random_documents
 from sparktune.lab.table import append_rows
@@ -159,6 +160,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=cache_dir("bench"))
     parser.add_argument("--csv", type=Path)
     a = parser.parse_args()
+    if lacks_gpu("The lossless comparison"):
+        sys.exit(EXIT_NO_GPU)
     if "unsloth" in a.variants:
         if any(variant.startswith("hf") for variant in a.variants):
             parser.error("unsloth and hf do not run in one process: Unsloth changes transformers when it is imported.")

@@ -19,10 +19,21 @@ import torch
 from sparktune.lab.table import append_rows, commit_name
 
 __all__ = [
-    "StepTimes", "append_row", "command_row", "device_ms", "machine_row", "measure_steps", "profile_step", "steps_row",
+    "EXIT_NO_GPU", "StepTimes", "append_row", "command_row", "device_ms", "lacks_gpu", "machine_row", "measure_steps",
+    "profile_step", "steps_row",
 ]
 
+EXIT_NO_GPU = 3
+"""As everywhere: the machine lacks something (docs/architecture.md)."""
 PEERS = ("peft", "fla-core", "causal-conv1d", "tilelang", "unsloth", "liger-kernel")
+
+
+def lacks_gpu(what: str) -> bool:
+    """Says on standard error that `what` needs a CUDA GPU, where torch sees none."""
+    if torch.cuda.is_available():
+        return False
+    print(f"{what} needs a CUDA GPU; torch {torch.__version__} sees none here. Nothing was run.", file=sys.stderr)
+    return True
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from sparktune.lab.measure import machine_row
+from sparktune.lab.measure import EXIT_NO_GPU, lacks_gpu, machine_row
 from sparktune.lab.native import build_engine, micro_batches, recompute_fields
 from sparktune.lab.shapes import LORA_TARGETS, make_model
 from sparktune.lab.table import append_rows
@@ -196,9 +196,8 @@ def main() -> int:
     parser.add_argument("--quantised", action="store_true", help="only quantised bases and bitsandbytes' optimisers")
     parser.add_argument("--limit-s", type=float, default=220.0, help="start no plan after this many seconds")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("The memory sweep needs a CUDA GPU; torch sees none here.", file=sys.stderr)
-        return 3
+    if lacks_gpu("The memory sweep"):
+        return EXIT_NO_GPU
     wanted = SMALL if options.small else QUANTISED if options.quantised else SWEEP
     trials = tuple(t for t in wanted if options.only in t.name)
     rows = run_sweep(trials, options.folder, options.limit_s)

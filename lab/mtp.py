@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from sparktune.kernels.select import reference_ops, select_ops
-from sparktune.lab.measure import machine_row
+from sparktune.lab.measure import EXIT_NO_GPU, lacks_gpu, machine_row
 from sparktune.lab.shapes import SIZES, make_model, text_config
 from sparktune.lab.table import append_rows
 from sparktune.mtp.acceptance import Answer
@@ -283,9 +283,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="folder of the random model (made if missing)")
     parser.add_argument("--out", type=Path, default=Path("docs/results/mtp.csv"))
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("This bench needs a CUDA GPU; torch sees none.", file=sys.stderr)
-        return 3
+    if lacks_gpu("This bench"):
+        return EXIT_NO_GPU
     device = torch.device("cuda", 0)
     if args.only != "train" and not _decode(args, device):
         return 1

@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from sparktune.lab.measure import StepTimes, profile_step
+from sparktune.lab.measure import EXIT_NO_GPU, StepTimes, lacks_gpu, profile_step
 
 __all__ = ["TensorBytes", "count_step", "counting", "main", "tensor_bytes"]
 
@@ -162,9 +162,8 @@ def count_step(step: Callable[[], Any], tokens: int, times: StepTimes) -> dict[s
 
 def main() -> int:
     """Times one variant and counts its bytes: lab.side_by_side with --bytes, into profile.csv."""
-    if not torch.cuda.is_available():
-        print("A profile needs a CUDA GPU; torch sees none here.", file=sys.stderr)
-        return 3
+    if lacks_gpu("A profile"):
+        return EXIT_NO_GPU
     from sparktune.lab import side_by_side
 
     sys.argv.append("--bytes")

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sparktune.lab.measure import command_row, machine_row
+from sparktune.lab.measure import EXIT_NO_GPU, command_row, lacks_gpu, machine_row
 from sparktune.lab.native import documents_row, recompute_fields
 from sparktune.lab.shapes import LORA_TARGETS, make_model, random_documents
 from sparktune.lab.table import append_rows
@@ -169,6 +169,8 @@ def main() -> int:
                         help="also count what left this interface in the timed steps: lo, where all ranks are here")
     parser.add_argument("--out", default=str(OUT))
     options = parser.parse_args()
+    if options.what == "run" and not options.cpu and lacks_gpu("A row (--cpu measures gloo between processes)"):
+        return EXIT_NO_GPU
     return {"make": _make, "run": _run, "table": _table}[options.what](options)
 
 

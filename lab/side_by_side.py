@@ -170,6 +170,10 @@ def measure(options: argparse.Namespace, variant: str, run: Any, documents: Docu
 def main() -> None:
     """Runs one process's variants and prints a row each."""
     options = parse()
+    from sparktune.lab.measure import EXIT_NO_GPU, lacks_gpu  # torch, after --help
+
+    if options.variant != "make" and lacks_gpu("A row"):
+        sys.exit(EXIT_NO_GPU)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.variant.startswith("unsloth"):

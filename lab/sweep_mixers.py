@@ -29,7 +29,7 @@ from sparktune.lab.gpu_check_mixers import (
     delta_rule_run,
     errors,
 )
-from sparktune.lab.measure import device_ms
+from sparktune.lab.measure import EXIT_NO_GPU, device_ms, lacks_gpu
 
 __all__ = ["main"]
 
@@ -135,6 +135,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("attention", "delta_rule"))
     options = parser.parse_args()
+    if lacks_gpu("The sweep"):
+        return EXIT_NO_GPU
     if options.only != "delta_rule":
         sweep_attention()
     if options.only != "attention":

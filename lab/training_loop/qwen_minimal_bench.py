@@ -263,12 +263,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Checks, times the rows, prints a table, appends to the CSV."""
     options = parse()
-    import torch
 
-    if not torch.cuda.is_available():
-        print("The verification bench measures a CUDA GPU, and torch sees none here; nothing was run.", file=sys.stderr)
-        return 3
-    from sparktune.lab.measure import append_row, measure_steps
+    from sparktune.lab.measure import EXIT_NO_GPU, append_row, lacks_gpu, measure_steps
+
+    if lacks_gpu("The verification bench"):
+        return EXIT_NO_GPU
     from sparktune.setup.plan.rundir import cache_dir
 
     shape = replace(QWEN_28, layers=options.layers)

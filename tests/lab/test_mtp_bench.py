@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparktune.lab import export_bench, shapes
-from sparktune.lab.mtp import decode_rows, main, own_words, random_head, random_tower
+from sparktune.lab.mtp import decode_rows, own_words, random_head, random_tower
 
 
 def test_decoding_is_timed_with_every_draft_right_and_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,12 +25,6 @@ def test_decoding_is_timed_with_every_draft_right_and_with_none(monkeypatch: pyt
     assert (best["acceptance_length"], worst["acceptance_length"]) == (3.0, 1.0)
     for row in (best, worst):
         assert "2 of 2 texts token for token" in row["note"]
-
-
-def test_the_bench_wants_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main([]) == 3
-    assert "needs a CUDA GPU" in capsys.readouterr().err
 
 
 def test_rows_of_the_export_bench_outlive_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
