@@ -148,7 +148,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             but = strings.FLAGS_OF_RESUME.format(flags=anew) if anew else ""
             raise UsageError(strings.FLAGS_WITH_RUN.format(command=command, flags=", ".join(refused), but=but))
     if known.demo:
-        refused = [flag_of(f) for f in flags if f not in _WHERE]
+        refused = [flag_of(f) for f in flags if f not in (*_WHERE, "peers")]
         refused += (["--config"] if known.config_file else []) + ([command] if command != "run" else [])
         if refused:
             raise UsageError(strings.DEMO_ALONE.format(flags=", ".join(refused)))

@@ -42,6 +42,14 @@ _OPTIONS = {
     "LLAMA_BUILD_EXAMPLES": "OFF", "LLAMA_BUILD_APP": "OFF", "LLAMA_BUILD_UI": "OFF", "LLAMA_USE_PREBUILT_UI": "OFF",
     "LLAMA_BUILD_NUMBER": "0", "LLAMA_BUILD_COMMIT": COMMIT[:9],
 }
+# Argument parsing, templates and the server's JSON are half of the compilers' time and compute nothing: -O1 takes 57 to
+# 73 % of -O3's time on them (g++ 12: arg.cpp 17.6 of 30.8 s, chat.cpp 8.5 of 11.7, server-context.cpp 17.7 of 26.9).
+_LIGHTLY_OPTIMISED = """function(sparktune_compile_quickly)
+  target_compile_options(llama-common PRIVATE -O1)
+  target_compile_options(server-context PRIVATE -O1)
+endfunction()
+cmake_language(DEFER CALL sparktune_compile_quickly)
+"""
 _RECORD = "build.json"
 # In our image the programs are compiled with CUDA while it is built; they lie there with the same record.
 _BAKED = Path("/opt/llama.cpp")
@@ -74,7 +82,8 @@ def _options(cuda: str | None) -> dict[str, str]:
 
 
 def _folder(cuda: str | None) -> Path:
-    what = [COMMIT, SDIST_SHA256, _options(cuda), PROGRAMS, platform.system(), platform.machine(), platform.libc_ver()]
+    what = [COMMIT, SDIST_SHA256, _options(cuda), _LIGHTLY_OPTIMISED, PROGRAMS, platform.system(), platform.machine(),
+            platform.libc_ver()]
     return cache_dir("llama.cpp") / f"tools-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
 
 
@@ -198,7 +207,10 @@ def build_tools(events: EventWriter, *, cuda: str | None = None, jobs: int | Non
         with tempfile.TemporaryDirectory(prefix=".build-", dir=folder.parent) as private:
             scratch = Path(private)
             sources, build, ready = unpack_whole(scratch, events), scratch / "build", scratch / "ready"
+            added = scratch / "lightly.cmake"
+            added.write_text(_LIGHTLY_OPTIMISED, encoding="utf-8")
             flags = [f"-D{key}={value}" for key, value in _options(cuda).items()]
+            flags += [f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={added}"]
             flags += ["-DCMAKE_EXE_LINKER_FLAGS=-s"] if platform.system() == "Linux" else []
             _run([cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_CXX_COMPILER={compiler}",
                   "-S", str(sources), "-B", str(build), *flags], scratch, events, "its configuration")

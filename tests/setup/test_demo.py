@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sparktune.setup import demo, demo_pretrain
+from sparktune.setup.arguments import parse
 from sparktune.setup.demo import (
     CORPORA,
     MARKER_FILE,
@@ -292,6 +293,13 @@ def test_the_plan_is_the_demos_where_it_must_be_and_open_elsewhere(tmp_path: Pat
     assert plan.origins["learning_rate"] == "config"
     for field in ("lora_r", "gradient_accumulation", "engine", "dtype"):
         assert plan.origins[field] == "default"
+
+
+def test_with_another_machine_it_runs_in_containers(tmp_path: Path) -> None:
+    given = resolve({"peers": ["192.168.100.2"]}, {}, {}, {})
+    plan = plan_for(given, SMOKE, tmp_path / "m", tmp_path / "d.jsonl", "demo-smoke-1")
+    assert (plan.backend, list(plan.peers)) == ("docker", ["192.168.100.2"])
+    assert parse(["--demo", "--peers", "192.168.100.2"]).demo
 
 
 class _Pipeline:
