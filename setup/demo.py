@@ -134,6 +134,8 @@ def plan_for(plan: Plan, corpus: Corpus, model: Path, data: Path, name: str) -> 
     backend = "docker" if _in_image(plan) else "local"
     values = {"model": str(model), "data": data, "name": name, "backend": backend, "device": "cpu",
               **corpus.settings}
+    if plan.processes > 1:  # a step has a pack for everybody
+        values["gradient_accumulation"] = max(values.get("gradient_accumulation") or 0, plan.processes)
     origins: dict[str, Origin] = {**plan.origins, **dict.fromkeys(values, "config")}
     return Plan.model_validate({**plan.model_dump(), **values, "origins": origins})
 

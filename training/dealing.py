@@ -10,13 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sparktune.setup.plan.arithmetic import training_flop
-from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.schema import ModelSpec, Plan
-from sparktune.setup.plan.trainable import TORCH_OPTIMIZERS
 from sparktune.training.batch import MicroBatch
 from sparktune.training.packing import PackPlan
 
-__all__ = ["DealtPacks", "StepCost", "deal", "refuse_ranks"]
+__all__ = ["DealtPacks", "StepCost", "deal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,37 +79,6 @@ def _swapped(costs: Sequence[float], dealt: list[list[int]]) -> bool:
     a, b = pair
     dealt[high][a], dealt[low][b] = dealt[low][b], dealt[high][a]
     return True
-
-
-def refuse_ranks(plan: Plan, ranks: int) -> None:
-    """Refuses what several ranks cannot train together.
-
-    Args:
-        plan: values may still be open.
-        ranks: processes that would train it.
-
-    Raises:
-        PreflightError: an engine or an optimiser for one process alone.
-        UsageError: a step with fewer packs than ranks: some would never have anything to do.
-    """
-    if ranks == 1:
-        return
-    if plan.engine == "unsloth":
-        raise PreflightError(
-            f"--engine unsloth trains on one GPU, and {ranks} processes were started. Use --engine native, or one GPU."
-        )
-    if plan.mode == "full" and plan.optimizer not in TORCH_OPTIMIZERS:
-        raise PreflightError(
-            f"--optimizer {plan.optimizer} keeps its moments in whole tensors, but full fine-tuning on {ranks} GPUs "
-            "spreads them. Use --optimizer adamw: every GPU holds a share of the moments anyway."
-        )
-    packs = plan.per_device_batch_size * (plan.gradient_accumulation or ranks)
-    if packs < ranks:
-        raise UsageError(
-            f"A step of {packs} packs (--per-device-batch-size times --gradient-accumulation) cannot be shared by "
-            f"{ranks} GPUs. Pass --gradient-accumulation {-(-ranks // plan.per_device_batch_size)} or more: it counts "
-            "the micro-batches of a whole step, on all GPUs together."
-        )
 
 
 class DealtPacks:

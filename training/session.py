@@ -25,10 +25,11 @@ from sparktune.setup.plan.models import probe, resolve_model_dir
 from sparktune.setup.plan.outfolder import size_of
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import ModelSpec, Plan
+from sparktune.setup.plan.trainable import refuse_ranks
 from sparktune.setup.plan.weights import safetensors_index
 from sparktune.training import checkpoint as checkpoints
 from sparktune.training.checkpoint import LoopState
-from sparktune.training.dealing import DealtPacks, StepCost, refuse_ranks
+from sparktune.training.dealing import DealtPacks, StepCost
 from sparktune.training.decisions import (
     as_adapter_says,
     decide_plan,

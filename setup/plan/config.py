@@ -25,6 +25,7 @@ from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.rundir import check_run_name
 from sparktune.setup.plan.schema import SCHEMA_VERSION, Origin, Plan
 from sparktune.setup.plan.template import SECTIONS, read_template
+from sparktune.setup.plan.trainable import refuse_ranks
 from sparktune.setup.plan.untrusted import excerpt
 
 __all__ = ["ENV_PREFIX", "load_plan", "read_config", "resolve", "save_plan"]
@@ -378,6 +379,7 @@ def resolve(
     _check_implied(plan)
     _check_places(plan)
     _check_peers(plan)
+    refuse_ranks(plan, plan.processes)
     return plan
 
 

@@ -7,7 +7,7 @@ from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.memory import projection_shapes
 from sparktune.setup.plan.schema import ModelSpec, Plan
 
-__all__ = ["TORCH_OPTIMIZERS", "check_trainable"]
+__all__ = ["TORCH_OPTIMIZERS", "check_trainable", "refuse_ranks"]
 
 TORCH_OPTIMIZERS = ("adamw", "adamw_torch")
 """AdamW as torch computes it; the others are bitsandbytes'."""
@@ -55,4 +55,35 @@ def _check_cpu(plan: Plan, spec: ModelSpec) -> None:
         raise PreflightError(
             f"--optimizer {plan.optimizer} needs a CUDA GPU: bitsandbytes has no CPU kernels for its optimisers, and a "
             "CPU is to train here. Use --optimizer adamw."
+        )
+
+
+def refuse_ranks(plan: Plan, ranks: int) -> None:
+    """Refuses what several ranks cannot train together.
+
+    Args:
+        plan: values may still be open.
+        ranks: processes that would train it.
+
+    Raises:
+        PreflightError: an engine or an optimiser for one process alone.
+        UsageError: a step with fewer packs than ranks: some would never have anything to do.
+    """
+    if ranks == 1:
+        return
+    if plan.engine == "unsloth":
+        raise PreflightError(
+            f"--engine unsloth trains on one GPU, and {ranks} processes were started. Use --engine native, or one GPU."
+        )
+    if plan.mode == "full" and plan.optimizer not in TORCH_OPTIMIZERS:
+        raise PreflightError(
+            f"--optimizer {plan.optimizer} keeps its moments in whole tensors, but full fine-tuning on {ranks} GPUs "
+            "spreads them. Use --optimizer adamw: every GPU holds a share of the moments anyway."
+        )
+    packs = plan.per_device_batch_size * (plan.gradient_accumulation or ranks)
+    if packs < ranks:
+        raise UsageError(
+            f"A step of {packs} packs (--per-device-batch-size times --gradient-accumulation) cannot be shared by "
+            f"{ranks} GPUs. Pass --gradient-accumulation {-(-ranks // plan.per_device_batch_size)} or more: it counts "
+            "the micro-batches of a whole step, on all GPUs together."
         )

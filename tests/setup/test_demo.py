@@ -297,8 +297,10 @@ def test_the_plan_is_the_demos_where_it_must_be_and_open_elsewhere(tmp_path: Pat
 
 def test_with_another_machine_it_runs_in_containers(tmp_path: Path) -> None:
     given = resolve({"peers": ["192.168.100.2"]}, {}, {}, {})
-    plan = plan_for(given, SMOKE, tmp_path / "m", tmp_path / "d.jsonl", "demo-smoke-1")
+    one_pack_a_step = next(c for c in CORPORA if c.settings.get("gradient_accumulation") == 1)
+    plan = plan_for(given, one_pack_a_step, tmp_path / "m", tmp_path / "d.jsonl", "demo-smoke-1")
     assert (plan.backend, list(plan.peers)) == ("docker", ["192.168.100.2"])
+    assert plan.gradient_accumulation >= 2
     assert parse(["--demo", "--peers", "192.168.100.2"]).demo
 
 

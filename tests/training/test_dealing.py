@@ -11,7 +11,8 @@ from sparktune.setup.data.cache import TokenDataset
 from sparktune.setup.plan.errors import PreflightError, UsageError
 from sparktune.setup.plan.models import CATALOGUE, spec_from_config
 from sparktune.setup.plan.schema import Plan
-from sparktune.training.dealing import DealtPacks, StepCost, deal, refuse_ranks
+from sparktune.setup.plan.trainable import refuse_ranks
+from sparktune.training.dealing import DealtPacks, StepCost, deal
 from sparktune.training.packing import PackPlan
 
 COSTS = st.lists(st.floats(0.0, 1e15), max_size=40)

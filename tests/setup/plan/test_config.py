@@ -229,3 +229,9 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
 def test_no_value_escapes_as_a_traceback(values: dict) -> None:
     with contextlib.suppress(UsageError):
         resolve({}, values, {}, {})
+
+
+def test_a_step_too_small_for_all_machines_is_refused_before_anything_starts() -> None:
+    with pytest.raises(UsageError, match="Pass --gradient-accumulation 2 or more"):
+        resolve({"peers": ["192.168.100.2"], "gradient_accumulation": 1}, {}, {}, {})
+    assert resolve({"peers": ["192.168.100.2"], "gradient_accumulation": 2}, {}, {}, {}).processes == 2
