@@ -22,7 +22,10 @@ import pytest
 
 from sparktune.setup.demo import make_model, write_smoke
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600), pytest.mark.xdist_group("docker-engine")]
+# 20 minutes in all, and each test stands on what the ones before it made and sent: the nightly tier's
+pytestmark = [
+    pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.xdist_group("docker-engine"),
+]
 ROOT = Path(__file__).resolve().parents[2]
 ALICE, BOB = (12345, 12346), (23456, 23457)
 HERE, THERE = "10.78.0.1", "10.78.0.2"
@@ -181,7 +184,6 @@ ONE_RUN = ("--non-interactive", "--plain", "--device", "cpu", "--mode", "lora", 
            "--mtp", "skip", "--eval-prompts", "0", "--calibrate", "no", "--gradient-accumulation", "2")
 
 
-@pytest.mark.slow
 def test_a_run_on_both_boxes_is_the_run_of_one(boxes: FarBox, engine: Any) -> None:
     def losses(name: str) -> list[float]:
         rows = (boxes.person / "work" / "results" / name / "metrics.jsonl").read_text().splitlines()
@@ -214,7 +216,6 @@ def test_a_run_on_both_boxes_is_the_run_of_one(boxes: FarBox, engine: Any) -> No
     assert log.count(f"{PEER} gets") == 1
 
 
-@pytest.mark.slow
 def test_one_ctrl_c_stops_both_and_resume_goes_on_with_both(boxes: FarBox, engine: Any) -> None:
     run = boxes.person / "work" / "results" / "stopped"
     process = start(boxes, engine, *ONE_RUN, "--epochs", "60", "--save-steps", "500", "--name", "stopped",
@@ -254,7 +255,6 @@ def test_the_doctor_looks_at_both_boxes(boxes: FarBox, engine: Any) -> None:
     assert "without a password" in said
 
 
-@pytest.mark.slow
 def test_the_demo_on_two_boxes(boxes: FarBox, engine: Any) -> None:
     code, said = finish(start(boxes, engine, "--demo", "--plain", "--json", "--peers", PEER), 3000)
     assert code == 0, said[-4000:]
