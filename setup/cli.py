@@ -17,7 +17,7 @@ from rich.markup import escape
 from sparktune.setup import strings
 from sparktune.setup.arguments import Arguments, parse
 from sparktune.setup.cards import checks_table, findings_table, plan_table, report_tables
-from sparktune.setup.cluster import cluster_script
+from sparktune.setup.cluster import cluster_script, for_cluster
 from sparktune.setup.machine.backends import chat_process, push_process
 from sparktune.setup.machine.detect import detect_machine
 from sparktune.setup.machine.doctor import failures, machine_checks, run_checks
@@ -152,12 +152,16 @@ def _plan(session: _Session) -> int:
 def _plan_of(session: _Session, asked: Plan, made: Analysis | None) -> int:
     """Shows the complete plan of what was asked for; nothing is run."""
 
+    script, nodes = session.arguments.script, session.arguments.nodes
+
     def show(plan: Plan, analysis: Analysis) -> None:
+        if script is not None:
+            plan = for_cluster(plan, nodes)
         check_name_free(plan)
         plan, recommendations = decide(plan, analysis)
         check_trainable(plan, analysis.spec)
-        if session.arguments.script is not None:  # for other machines: their memory is theirs to check
-            print(cluster_script(plan, analysis.spec, session.arguments.script, session.arguments.nodes), end="")
+        if script is not None:  # for other machines: their memory is theirs to check
+            print(cluster_script(plan, analysis.spec, script, nodes), end="")
             return
         estimate = check_fits(plan, analysis.spec, analysis.report, analysis.machine)
         if session.arguments.json_out:

