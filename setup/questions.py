@@ -146,11 +146,19 @@ class Questions:
     def _ask_peers(self, back: bool) -> Any:
         if not self.boxes:
             return self._ask_field("peers", back)
-        offered = dict.fromkeys([*self.boxes, *self.plan.peers])
+        together = ",".join(self.plan.peers)
+        offered = dict.fromkeys([*self.boxes, *self.plan.peers, *([together] if together else [])])
         options: list[Option] = [("none", strings.PEERS_ALONE)]
-        options += [(host, strings.PEERS_WITH.format(host=host)) for host in offered]
-        picked = self.asker.choose(strings.ASK_PEERS, options, self.plan.peers[0] if self.plan.peers else "none", back)
-        return picked if picked == BACK else [] if picked == "none" else [picked]
+        options += [(hosts, strings.PEERS_WITH.format(host=hosts.replace(",", ", "))) for hosts in offered]
+        while True:
+            picked = self.asker.choose(strings.ASK_PEERS, options, together or "none", back)
+            if picked == BACK:
+                return BACK
+            hosts = [] if picked == "none" else picked.split(",")
+            why = self.check("peers", picked) if hosts else None
+            if why is None:
+                return hosts
+            self.asker.tell(why)
 
     def _ask_name(self, back: bool) -> Any:
         def check(typed: str) -> str | None:

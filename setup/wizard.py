@@ -20,7 +20,7 @@ from sparktune.setup.machine.check import Check, failures
 from sparktune.setup.outlook import Outlook
 from sparktune.setup.pipeline import Analysis, StageFailed, decide
 from sparktune.setup.plan.config import resolve
-from sparktune.setup.plan.errors import SparktuneError, UsageError
+from sparktune.setup.plan.errors import SparktuneError
 from sparktune.setup.plan.flags import flag_of
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.schema import Machine, ModelSpec, Plan, Recommendation
@@ -256,7 +256,8 @@ class Wizard:
         """The questions of the plan; with several GPUs, or a second machine, also how many of them train."""
         if self._boxes is None:
             self._boxes = self.boxes()
-        more = [("gpus", self._seen is not None and self._seen.gpus > 1), ("peers", bool(self._boxes))]
+        more = [("gpus", self._seen is not None and self._seen.gpus > 1),
+                ("peers", bool(self._boxes) and self.plan().backend != "local")]
         return (_QUESTIONS[0], *(name for name, offered in more if offered), *_QUESTIONS[1:])
 
     def _walk(self, names: tuple[str, ...]) -> None:
@@ -367,7 +368,7 @@ class Wizard:
         """Returns what is wrong with a typed value of a field, given all that was said so far."""
         try:
             resolve({**self.flags, **self._given, name: typed or None}, self.config, self.env, self.saved)
-        except UsageError as error:
+        except SparktuneError as error:
             return str(error)
         return None
 

@@ -173,6 +173,20 @@ def test_a_second_machine_is_offered_where_there_is_one(
     assert plan.peers == ["192.168.100.2"]
     assert plan.processes == 2
     assert "peers" not in make({"model": model})._questions(), "nobody is asked about a machine that is not there"
+    assert "peers" not in make({"model": model, "backend": "local"}, boxes=lambda: ["192.168.100.2"])._questions()
+
+
+def test_a_second_machine_that_contradicts_what_was_said_is_asked_again(
+    make: Callable[..., Wizard], keys: PipeInput, model: str, data: str
+) -> None:
+    wizard = make({"model": model, "gradient_accumulation": 1}, boxes=lambda: ["192.168.100.2"])
+    keys.send_text(ENTER + data + ENTER + PREVIEW + LENGTHS + ONE_BY_ONE)
+    keys.send_text(ENTER)                           # the method as it is
+    keys.send_text(DOWN + ENTER)                    # a step of one pack cannot be shared
+    keys.send_text(ENTER * 6 + TAKE + RUN)          # this machine alone, then the rest as it is
+    plan = wizard.run()
+    assert plan.peers == []
+    assert "cannot be shared by 2" in wizard.asker._console.file.getvalue()
 
 
 def test_back_from_every_screen(
