@@ -37,7 +37,7 @@ from sparktune.setup.plan.outfolder import remove_unfinished
 from sparktune.setup.plan.recommend import apply, recommend
 from sparktune.setup.plan.rundir import RunDir, check_run_name
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan, Recommendation
-from sparktune.setup.plan.trainable import check_trainable
+from sparktune.setup.plan.trainable import check_trainable, refuse_ranks
 from sparktune.setup.plan.untrusted import printable
 from sparktune.setup.progress import Display, PlainDisplay, make_display
 from sparktune.setup.replay import replay_command
@@ -309,13 +309,16 @@ def resume_pipeline(
         plan = load_plan(root / "plan.yaml")
         if backend is not None:
             plan = plan.model_copy(update={"backend": backend})
+        if changes:
+            origins = {**plan.origins, **dict.fromkeys(changes, "flag")}
+            anew = {"ranks": 0} if {"gpus", "peers"} & set(changes) else {}
+            plan = Plan.model_validate({**plan.model_dump(), **changes, **anew, "origins": origins})
+            refuse_ranks(plan, plan.processes)
         run = RunDir.from_root(root, plan.output)
-        preflight(plan, display, machine_checks)
+        preflight(_for_those_needed(plan, run, only), display, machine_checks)
         with RunLock(run) as lock, stop_signals(display) as stop:
             remove_unfinished(run.root, run.merged, run.mtp("trained"), run.mtp("default"), run.gguf)
             if changes:
-                origins = {**plan.origins, **dict.fromkeys(changes, "flag")}
-                plan = Plan.model_validate({**plan.model_dump(), **changes, "origins": origins})
                 # before the plan keeps what no resume could do; the folder may have moved since the plan was written
                 check_exports(plan.model_copy(update={"results": run.results_root}))
                 save_plan(plan, run.plan)
@@ -346,11 +349,18 @@ def show_result(plan: Plan, run: RunDir, json_out: bool) -> None:
     print(strings.NEXT_TITLE, *map(printable, next_steps(plan, run)), sep="\n  ")
 
 
+def _for_those_needed(plan: Plan, run: RunDir, only: str | None) -> Plan:
+    """Returns the plan without other machines once training is done: they may be switched off, or somebody else's."""
+    if not plan.peers or only == "train" or "train" not in RunState(run).stages:
+        return plan
+    return plan.model_copy(update={"peers": []})
+
+
 def _run_stages(
     plan: Plan, run: RunDir, lock: RunLock, display: Display, stop: StopSignals, only: str | None = None,
     image: ImageOptions | None = None,
 ) -> None:
-    backend, _ = choose_backend(plan, image)
+    backend, _ = choose_backend(_for_those_needed(plan, run, only), image)
     _make_ready(backend, display, stop)
     state, stages = RunState(run), stages_of(plan)
     machine = detect_machine(plan.device, plan.output)

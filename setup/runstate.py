@@ -30,13 +30,14 @@ DATA_FIELDS = (
 EVALUATION_FIELDS = ("eval_prompts", "validator", "baseline", "eval_checkpoints")
 """Fields that say how a finished run is judged: `evaluate RUN` may give them anew."""
 MTP_FIELDS = ("mtp", "mtp_head", "mtp_epochs", "mtp_learning_rate")
-RESUME_FIELDS = ("on_bad_step", "loss_spike", *MTP_FIELDS, "gguf")
-"""Fields that `resume RUN` may give anew: what follows a bad step, and what is made of the merged model.
+RESUME_FIELDS = ("on_bad_step", "loss_spike", "gpus", "peers", *MTP_FIELDS, "gguf")
+"""Fields that `resume RUN` may give anew: what follows a bad step, who trains (a step is the same step on any number of
+GPUs), and what is made of the merged model.
 
 A stop at a bad step and a base without a head advise just that; a finished run goes through the stages they change."""
 _NOT_MATHS = (
     "name", "results", "output", "backend", "stack", "resume_from_checkpoint", "schema_version", "origins",
-    "kernels", "tracker", "tracker_project", "trial", "calibrate",
+    "ranks", "kernels", "tracker", "tracker_project", "trial", "calibrate",
     *RESUME_FIELDS, *EVALUATION_FIELDS,
 )
 _FIELDS: dict[str, tuple[str, ...]] = {"mtp": MTP_FIELDS, "gguf": ("gguf",), "evaluate": EVALUATION_FIELDS}

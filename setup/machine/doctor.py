@@ -251,7 +251,7 @@ def machine_checks(plan: Plan) -> list[Check]:
     checks = [guarded(name, partial(check, plan)) for name, check in _MACHINE.items()]
     engine = [c.seen for c in checks if c.name == "engine" and c.status == "failed"]
     kept = [c for c in checks if c.name != "backend" or c.seen not in engine]  # one cause, one line
-    if not plan.peers:
+    if not plan.peers or plan.backend == "local":
         return kept
     from sparktune.setup.machine.peer_checks import peer_checks
 

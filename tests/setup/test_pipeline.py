@@ -439,6 +439,49 @@ def test_a_stage_that_a_signal_meets_before_it_can_answer_is_no_failure(
     assert resume(plan)[0] == 0
 
 
+class Machines:
+    """Stands for choose_backend: notes which other machines were wanted."""
+
+    def __init__(self, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.backend, self.wanted = backend, []
+        monkeypatch.setattr(pipeline, "choose_backend", self)
+        monkeypatch.setattr(pipeline, "preflight", lambda plan, *rest: self.wanted.append(plan.peers))
+
+    def __call__(self, plan: Plan, image: object) -> tuple[ScriptedBackend, str]:
+        self.wanted.append(plan.peers)
+        return self.backend, "for this test"
+
+
+def test_once_training_is_done_the_other_machines_are_not_needed(
+    plan: Plan, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan.model_copy(update={"peers": ["192.168.100.2"]})
+    machines = Machines(backend, monkeypatch)
+    backend.behave({"merge": {"code": 3, "error": "No room."}})
+    assert run(plan)[0] == 3
+    assert machines.wanted[-1] == ["192.168.100.2"]
+    backend.behave({})
+    machines.wanted.clear()
+    assert resume(plan)[0] == 0
+    assert machines.wanted == [[], []], "checks and stages alike"
+    assert backend.calls().count("train") == 1
+
+
+def test_a_run_whose_second_machine_is_gone_goes_on_alone(
+    plan: Plan, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan.model_copy(update={"peers": ["192.168.100.2"]})
+    machines = Machines(backend, monkeypatch)
+    backend.behave({"train": {"code": 1}})
+    assert run(plan)[0] == 1
+    backend.behave({})
+    machines.wanted.clear()
+    assert resume(plan, changes={"peers": []})[0] == 0
+    assert machines.wanted == [[], []]
+    assert load_plan(plan.results / "one" / "plan.yaml").peers == []
+    assert backend.calls().count("prepare") == 1
+
+
 def test_stage_lists() -> None:
     assert stages_of(Plan()) == STAGES
     assert "gguf" not in stages_of(Plan(gguf=[]))
