@@ -27,11 +27,12 @@ from sparktune.setup.machine.docker_backend import (
     hub_folder,
     hub_token,
     mounts_of,
+    rdma_devices,
     source_of,
 )
 from sparktune.setup.machine.engine import create_container, start_container
 from sparktune.setup.machine.inventory import known_files
-from sparktune.setup.machine.peers import Peer, look, look_again, reach, send_files, send_image
+from sparktune.setup.machine.peers import Peer, answering, look, look_again, reach, send_files, send_image
 from sparktune.setup.plan.errors import ExitCode, PreflightError, UsageError
 from sparktune.setup.plan.links import interface_to
 from sparktune.setup.plan.rundir import RunDir
@@ -89,6 +90,16 @@ def inputs_of(run: RunDir, plan: Plan) -> list[str]:
         else:
             found.append(hub_folder() / "hub" / f"models--{text.replace('/', '--')}")
     return [str(path) for path in dict.fromkeys(found)]
+
+
+def is_own(address: str) -> bool:
+    """Says whether an IPv4 address is this machine's."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
 
 
 def free_port(address: str) -> int:
@@ -178,6 +189,11 @@ class BoxesBackend(DockerBackend):
             if peer.arch != here:
                 raise PreflightError(f"{peer.host} should be a machine like this one, {here}; it is {peer.arch}. An "
                                      "image fits one architecture.")
+        addresses = [peer.address for peer in self._peers]
+        for peer in self._peers:
+            if addresses.count(peer.address) > 1 or is_own(peer.address):
+                raise PreflightError(f"--peers should name every other machine once; {peer.host} ({peer.address}) is "
+                                     f"{'this one' if is_own(peer.address) else 'named twice'}.")
         self._clients = {peer.host: peer.client() for peer in self._peers}
         self._sent = False
 
@@ -187,8 +203,9 @@ class BoxesBackend(DockerBackend):
         if self._sent:
             return
         for peer in self._peers:
-            sent = send_image(self._client, self._clients[peer.host], str(self._image), peer.host, on_event,
-                              lambda: stop.count > 0)
+            with answering(peer.host):
+                sent = send_image(self._client, self._clients[peer.host], str(self._image), peer.host, on_event,
+                                  lambda: stop.count > 0)
             on_event({"kind": "choice", "what": f"image on {peer.host}", "chosen": str(self._image),
                       "reason": "sent from here" if sent else "there already, the same image id"})
         self._sent = True
@@ -241,10 +258,11 @@ class BoxesBackend(DockerBackend):
             parts.append(_Part(name=_HERE, container=create_container(self._client, **ours), far=False))
             for number, peer in enumerate(self._peers, 1):
                 theirs = self._for_peer(options, peer, plan)
-                interface = self._equip(peer, theirs, run, plan, address, log, on_poll, stop)
-                theirs["environment"] |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
-                theirs["command"] = [*options["command"], "--node", f"{number}/{meeting}"]
-                container = create_container(self._clients[peer.host], **theirs)
+                with answering(peer.host):
+                    interface = self._equip(peer, theirs, run, plan, address, log, on_poll, stop)
+                    theirs["environment"] |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+                    theirs["command"] = [*options["command"], "--node", f"{number}/{meeting}"]
+                    container = create_container(self._clients[peer.host], **theirs)
                 parts.append(_Part(name=peer.host, container=container, far=True))
             yield parts
         finally:
@@ -259,6 +277,7 @@ class BoxesBackend(DockerBackend):
             **options, "user": f"{peer.uid}:{peer.gid}",
             "volumes": {host: there for host, there in options["volumes"].items() if host not in token},
             "environment": {k: v for k, v in environment_of(False).items() if k != "OMP_NUM_THREADS"},
+            "devices": rdma_devices(peer.infiniband).get("devices", []),
         }
 
     def _equip(
@@ -327,9 +346,10 @@ class BoxesBackend(DockerBackend):
 
     def _end_leftovers(self, run: RunDir) -> None:
         super()._end_leftovers(run)
-        for client in self._clients.values():
-            for container in client.containers.list(all=True, filters={"label": f"{RUN_LABEL}={run.root}"}):
-                container.remove(force=True)
+        for host, client in self._clients.items():
+            with answering(host):
+                for container in client.containers.list(all=True, filters={"label": f"{RUN_LABEL}={run.root}"}):
+                    container.remove(force=True)
 
     # -- waiting
 

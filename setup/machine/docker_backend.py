@@ -15,7 +15,13 @@ from typing import Any, Literal
 
 from sparktune.setup.machine.backends import MODULES, TRAINING, StopSignals, program_root
 from sparktune.setup.machine.detect import nvidia_gpus
-from sparktune.setup.machine.engine import connect, create_container, network_for_downloads, start_container
+from sparktune.setup.machine.engine import (
+    INFINIBAND,
+    connect,
+    create_container,
+    network_for_downloads,
+    start_container,
+)
 from sparktune.setup.machine.image import PACKAGE, ensure_image, load_stack
 from sparktune.setup.machine.image_build import Cancelled
 from sparktune.setup.plan.errors import ExitCode, PreflightError
@@ -25,7 +31,9 @@ from sparktune.setup.plan.schema import Plan
 
 __all__ = [
     "HUB_FILE", "ROLE_LABEL", "RUN_LABEL", "DockerBackend", "ImageOptions", "container_base", "container_options",
-    "environment_of", "exit_code_of", "hub_folder", "hub_token", "mounts_of", "needs_network", "reads_hub", "source_of",
+    "environment_of", "exit_code_of", "hub_folder", "hub_token", "mounts_of", "needs_network", "rdma_devices",
+    "reads_hub",
+    "source_of",
 ]
 
 RUN_LABEL = "org.sparktune.run"
@@ -34,7 +42,6 @@ ROLE_LABEL = "org.sparktune.role"
 HUB_FILE = "/run/secrets/hub"
 """Where a container finds the user's hub token, a read-only file."""
 CHECKOUT = "/opt/sparktune"
-INFINIBAND = "/dev/infiniband"
 _SCRATCH = "/scratch"
 """In memory, in containers that leave nothing."""
 _POLL_S = 0.1
@@ -164,8 +171,8 @@ def environment_of(network: bool) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(home / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
         "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
     }
-    # how much of a shared machine the user gave us; which hub
-    for name in ("OMP_NUM_THREADS", *(("HF_ENDPOINT",) if network else ())):
+    # how much of a shared machine the user gave us; what NCCL tells of its way; which hub
+    for name in ("OMP_NUM_THREADS", "NCCL_DEBUG", *(("HF_ENDPOINT",) if network else ())):
         if value := os.environ.get(name):
             found[name] = value
     return found if network else {**found, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -261,9 +268,13 @@ def container_options(
     if interface is not None and stage == "train":
         options["network_mode"] = "host"
         environment |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
-        if Path(INFINIBAND).exists():
-            options["devices"] = [f"{INFINIBAND}:{INFINIBAND}:rwm"]
+        options |= rdma_devices(Path(INFINIBAND).exists())
     return options
+
+
+def rdma_devices(there: bool) -> dict[str, Any]:
+    """Returns the option that gives a container InfiniBand's devices, where its machine has them."""
+    return {"devices": [f"{INFINIBAND}:{INFINIBAND}:rwm"]} if there else {}
 
 
 class DockerBackend:

@@ -9,8 +9,12 @@ from typing import Any
 
 from sparktune.setup.plan.errors import PreflightError
 
-__all__ = ["ENGINE_TIMEOUT_S", "alive", "connect", "create_container", "network_for_downloads", "start_container"]
+__all__ = [
+    "ENGINE_TIMEOUT_S", "INFINIBAND", "alive", "connect", "create_container", "network_for_downloads",
+    "refuse_other_ids", "start_container",
+]
 
+INFINIBAND = "/dev/infiniband"
 ENGINE_TIMEOUT_S = 60
 _DEFAULT = "unix:///var/run/docker.sock"
 _HERE = re.compile(r"unix://.|(tcp|https?)://(localhost|127\.[\d.]+|\[::1\])(:|/|$)")
@@ -36,7 +40,7 @@ def connect() -> Any:
     try:
         client = DockerClient.from_env(timeout=ENGINE_TIMEOUT_S)
         client.ping()
-        modes = {str(option).partition(",")[0] for option in client.info().get("SecurityOptions") or ()}
+        refuse_other_ids(client, f"at {address}")
     except DockerException as error:
         text = str(error)
         if "permission denied" in text.lower():
@@ -47,13 +51,26 @@ def connect() -> Any:
         raise PreflightError(_silent(address, _reason(text))) from error
     except OSError as error:
         raise PreflightError(_silent(address, str(error))) from error
+    return client
+
+
+def refuse_other_ids(client: Any, where: str) -> None:
+    """Refuses an engine whose containers write files as somebody else.
+
+    Args:
+        client: a `docker.DockerClient`.
+        where: the engine's place, for the message.
+
+    Raises:
+        PreflightError: it is rootless, or maps users.
+    """
+    modes = {str(option).partition(",")[0] for option in client.info().get("SecurityOptions") or ()}
     if remapped := modes & {"name=rootless", "name=userns"}:
         raise PreflightError(
-            f"The Docker engine at {address} gives users other ids inside its containers "
+            f"The Docker engine {where} gives users other ids inside its containers "
             f"({remapped.pop().removeprefix('name=')}), so a run's files would not be yours. Use an engine that does "
             "not: sudo apt-get install docker.io, or --backend local."
         )
-    return client
 
 
 def create_container(client: Any, **options: Any) -> Any:

@@ -110,12 +110,23 @@ def _far_end(peer: Peer, plan: Plan) -> list[Check]:
             _link(peer, near, None),
         ]
     checks = [Check(name=name, status="ok", seen="the same image id as here")]
-    options = container_base("look", f"{peer.uid}:{peer.gid}") | {"image": theirs, "network_mode": "host"}
-    container, found = look(client, options, {"files": [], "written": ["/"], "towards": address}, peer.host)
-    with suppress(Exception):  # it has ended; the next start removes what is left
-        container.remove(force=True)
+    found = _look_around(client, peer, theirs, address, gpus=bool(nvidia_gpus()))
     far = None if found["interface"] is None else Interface(**found["interface"])
     return [*checks, _link(peer, near, far), *_twins(peer, found)]
+
+
+def _look_around(client: Any, peer: Peer, image: str, towards: str, *, gpus: bool) -> dict[str, Any]:
+    """Runs the inventory over there; an engine that cannot give GPUs has none to give."""
+    options = container_base("look", f"{peer.uid}:{peer.gid}", gpus=gpus) | {"image": image, "network_mode": "host"}
+    try:
+        container, found = look(client, options, {"files": [], "written": ["/"], "towards": towards}, peer.host)
+    except PreflightError:
+        if not gpus:
+            raise
+        return _look_around(client, peer, image, towards, gpus=False)
+    with suppress(Exception):  # it has ended, and the engine is gone: a name and an exit code are left there
+        container.remove(force=True)
+    return found
 
 
 def _link(peer: Peer, near: Interface, far: Interface | None) -> Check:
@@ -144,7 +155,7 @@ def _twins(peer: Peer, found: dict[str, Any]) -> list[Check]:
     seen = f"{theirs:.1f} GiB free, here {mine:.1f}; GPUs {', '.join(found['gpus']) or 'none'}"
     alike = min(mine, theirs) >= _ALIKE * max(mine, theirs)
     memory = Check(name=f"{peer.host}: memory", status="ok", seen=seen)
-    if found["gpus"] and found["gpus"] != gpus:
+    if found["gpus"] != gpus:
         memory = Check(name=memory.name, status="warning", seen=f"{seen}, here {', '.join(gpus) or 'none'}",
                        fix="Every step waits for the slower one, and the plan is made for this machine's memory.")
     elif theirs < mine and not alike:

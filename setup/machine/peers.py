@@ -13,22 +13,34 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparktune.setup.machine.engine import ENGINE_TIMEOUT_S, create_container, start_container
+from sparktune.setup.machine.engine import (
+    ENGINE_TIMEOUT_S,
+    INFINIBAND,
+    create_container,
+    refuse_other_ids,
+    start_container,
+)
 from sparktune.setup.machine.image_build import Cancelled
 from sparktune.setup.machine.inventory import MARK
 from sparktune.setup.plan.errors import PreflightError
 from sparktune.setup.plan.links import address_of, interface_of
 
-__all__ = ["Peer", "look", "look_again", "reach", "reachable_boxes", "send_files", "send_image", "tar_stream"]
+__all__ = [
+    "Peer", "answering", "look", "look_again", "reach", "reachable_boxes", "send_files", "send_image", "tar_stream",
+]
 
 _CONNECT_S = 10
-_LOOK = "id -u; id -g; date +%s.%N; uname -m; docker version --format {{.Server.Version}}"
-"""Everything that is asked of the far end's shell."""
+_BEGIN = "sparktune asks"
+_LOOK = (
+    f"echo {_BEGIN}; id -u; id -g; date +%s; uname -m; test -e {INFINIBAND} && echo rdma || echo none; "
+    "docker version --format {{.Server.Version}}"
+)
+"""Everything that is asked of the far end's shell; what its start-up files print comes before."""
 _ANSWERED = 0x2
 """Flag of a neighbour whose address is known."""
 _CABLE_MEGABITS = 40_000
@@ -54,12 +66,39 @@ class Peer:
     arch: str
     engine: str
     """Version of its Docker engine."""
+    infiniband: bool = False
+    """It has devices for RDMA."""
 
     def client(self) -> Any:
-        """Returns a `docker.DockerClient` of its engine: the SDK's ssh transport, by the user's own ssh."""
+        """Returns a `docker.DockerClient` of its engine: the SDK's ssh transport, by the user's own ssh.
+
+        Raises:
+            PreflightError: it went away, or its engine cannot serve this user.
+        """
         from docker.client import DockerClient
 
-        return DockerClient(base_url=f"ssh://{self.host}", use_ssh_client=True, timeout=ENGINE_TIMEOUT_S)
+        with answering(self.host):
+            client = DockerClient(base_url=f"ssh://{self.host}", use_ssh_client=True, timeout=ENGINE_TIMEOUT_S)
+            refuse_other_ids(client, f"of {self.host}")
+        return client
+
+
+@contextmanager
+def answering(host: str) -> Iterator[None]:
+    """Turns what the docker SDK raises when another machine goes away into one sentence.
+
+    Raises:
+        PreflightError: it did, or its engine refused.
+    """
+    from docker.errors import DockerException
+
+    try:
+        yield
+    except (DockerException, OSError) as error:
+        raise PreflightError(
+            f"{host} or its Docker engine went away, or refused: {str(error) or type(error).__name__}. Look at the "
+            "cable and at the machine (./run.sh doctor --peers), then resume."
+        ) from error
 
 
 def _ssh(host: str, *options: str) -> list[str]:
@@ -70,8 +109,9 @@ def _ssh(host: str, *options: str) -> list[str]:
 
 
 def _run(argv: list[str]) -> subprocess.CompletedProcess[str]:
+    # a session of its own: Ctrl-C is ours to answer, and would be taken for a refusal of the other machine
     return subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=3 * _CONNECT_S,
-                          check=False)
+                          check=False, start_new_session=True)
 
 
 def reach(host: str) -> Peer:
@@ -90,22 +130,24 @@ def reach(host: str) -> Peer:
     except subprocess.TimeoutExpired as error:
         raise PreflightError(f"{host} should answer ssh; it did not within {3 * _CONNECT_S} s. Look at its cable and "
                              "address.") from error
-    lines, said = done.stdout.split("\n"), (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    if len(lines) < 4 or not lines[0].isdigit():
+    lines, said = done.stdout.partition(_BEGIN + "\n")[2].split("\n"), done.stderr.strip().splitlines()
+    last = said[-1] if said else "it said nothing"
+    if len(lines) < 5 or not all(line.isdigit() for line in lines[:3]):
         raise PreflightError(
-            f"{host} should let this user in by ssh without a password; it did not ({said}). Set it up once: "
+            f"{host} should let this user in by ssh without a password; it did not ({last}). Set it up once: "
             f"ssh-copy-id {host.partition(':')[0]}, then log in once by hand to accept its key."
         )
-    if len(lines) < 5 or not lines[4].strip():
+    if len(lines) < 6 or not lines[5].strip():
         raise PreflightError(
-            f"{host} should have a Docker engine that its user may use; `docker version` there says: {said}. Install "
+            f"{host} should have a Docker engine that its user may use; `docker version` there says: {last}. Install "
             "it (sudo apt-get install docker.io) and join its group (sudo usermod -aG docker $USER) over there."
         )
     name = re.search(r"^hostname (\S+)$", settings, re.M)
     return Peer(
         host=host, address=address_of(name[1] if name else host.partition(":")[0].rpartition("@")[2]),
-        uid=int(lines[0]), gid=int(lines[1]), clock_off_s=float(lines[2]) - (before + after) / 2,
-        clock_known_s=(after - before) / 2, arch=lines[3], engine=lines[4].strip(),
+        # whole seconds: half a one is added, and half a one is not known
+        uid=int(lines[0]), gid=int(lines[1]), clock_off_s=int(lines[2]) + 0.5 - (before + after) / 2,
+        clock_known_s=(after - before) / 2 + 0.5, arch=lines[3], engine=lines[5].strip(), infiniband=lines[4] == "rdma",
     )
 
 

@@ -64,7 +64,7 @@ def test_what_the_link_carried_against_what_it_gives(
 
 @pytest.mark.parametrize(("memory", "gpus", "mine", "status"), [
     (100.0, ["GB10"], ["GB10"], "ok"), (50.0, ["GB10"], ["GB10"], "warning"), (100.0, ["H200"], ["GB10"], "warning"),
-    (200.0, [], [], "ok"),
+    (200.0, [], [], "ok"), (100.0, [], ["GB10"], "warning"),
 ])
 def test_a_twin_or_not(
     monkeypatch: pytest.MonkeyPatch, memory: float, gpus: list[str], mine: list[str], status: str

@@ -128,9 +128,10 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_machine_that_answers(ssh: Path) -> None:
-    (ssh / "ssh.answer").write_text("1000\n1001\n100.5\naarch64\n28.2.2\n")
+    (ssh / "ssh.answer").write_text("Welcome to spark-b\nsparktune asks\n1000\n1001\n100\naarch64\nrdma\n28.2.2\n")
     peer = reach("me@spark-b:2222")
     assert (peer.uid, peer.gid, peer.arch, peer.engine, peer.address) == (1000, 1001, "aarch64", "28.2.2", "127.0.0.1")
+    assert peer.infiniband
     assert peer.clock_off_s < -1e9, "its clock stands in 1970"
     asked = (ssh / "ssh.asked").read_text().splitlines()
     assert asked[-2:] == ["me@spark-b", peers._LOOK], "a constant, and a host behind --"
@@ -142,7 +143,8 @@ def test_a_machine_that_answers(ssh: Path) -> None:
 @pytest.mark.parametrize(("answer", "error", "code", "words"), [
     ("", "Permission denied (publickey).", "255", "without a password; it did not (Permission denied (publickey).)"),
     ("", "Host key verification failed.", "255", "ssh-copy-id spark-b"),
-    ("1000\n1000\n5.0\naarch64\n", "sh: 1: docker: not found", "127", "should have a Docker engine"),
+    ("sparktune asks\n1000\n1000\n%s\nx86_64\nnone\n28\n", "", "0", "without a password"),
+    ("sparktune asks\n1000\n1000\n5\naarch64\nnone\n", "sh: 1: docker: not found", "127", "have a Docker engine"),
 ])
 def test_a_machine_that_does_not(ssh: Path, answer: str, error: str, code: str, words: str) -> None:
     for name, text in (("answer", answer), ("error", error), ("code", code)):
