@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from sparktune.setup.machine.inventory import known_files
 from sparktune.setup.machine.peers import Peer, answering, look, look_again, reach, send_files, send_image
 from sparktune.setup.plan.errors import ExitCode, PreflightError, UsageError
 from sparktune.setup.plan.links import interface_to
+from sparktune.setup.plan.models import resolve_model_dir
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import Plan
 
@@ -90,6 +91,16 @@ def inputs_of(run: RunDir, plan: Plan) -> list[str]:
         else:
             found.append(hub_folder() / "hub" / f"models--{text.replace('/', '--')}")
     return [str(path) for path in dict.fromkeys(found)]
+
+
+def mounted_above(root: str, mounts: Iterable[str]) -> Path:
+    """Returns the folder that files of an input are sent to: the innermost mount that holds it.
+
+    Only a mount is sure to be there in a container: below a cache of the hub a model's folder may still be missing.
+    """
+    holding = [mount for mount in mounts if root == mount or root.startswith(mount.rstrip("/") + "/")]
+    folder = max(holding, key=len)
+    return Path(folder)
 
 
 def is_own(address: str) -> bool:
@@ -168,6 +179,35 @@ class _SharedLog:
             self.line(mark + rest)
 
 
+def _weights_are_here(plan: Plan, log: _SharedLog, on_poll: Callable[[], None], stop: StopSignals) -> bool:
+    """Fetches a base that is a hub id: the other machines get it from here, and ask no hub. False: a signal came.
+
+    Raises:
+        SparktuneError: see `resolve_model_dir`.
+    """
+    if Path(source_of(plan)).exists():
+        return True
+    log.line(f"Fetching {plan.model} from the hub, for all machines.".encode())
+    failed: list[BaseException] = []
+
+    def fetch() -> None:
+        try:
+            resolve_model_dir(plan.model)
+        except BaseException as error:  # told by the thread that waits
+            failed.append(error)
+
+    worker = threading.Thread(target=fetch, daemon=True)
+    worker.start()
+    while worker.is_alive():
+        if stop.count:
+            return False
+        on_poll()
+        worker.join(_POLL_S)
+    if failed:
+        raise failed[0]
+    return True
+
+
 class BoxesBackend(DockerBackend):
     """Runs the stage `train` on this machine and on the plan's peers, and every other stage here."""
 
@@ -222,6 +262,8 @@ class BoxesBackend(DockerBackend):
         self._end_leftovers(run)
         with hub_token() as token, run.log.open("ab") as file:
             log = _SharedLog(file)
+            if not _weights_are_here(plan, log, on_poll, stop):
+                return int(ExitCode.INTERRUPTED)
             log.line(f"\n==> {stage}: {time.strftime('%Y-%m-%d %H:%M:%S')} on {1 + len(self._peers)} machines, "
                      f"image {self._image}".encode())
             address, interface = link_of(self._peers)
@@ -312,7 +354,7 @@ class BoxesBackend(DockerBackend):
                 wrong = [path for path in below if found["files"].get(path) != own[path]]
                 if not wrong:
                     continue
-                base = Path(root) if Path(root).is_dir() else Path(root).parent
+                base = mounted_above(root, options["volumes"])
                 log.line(f"{peer.host} gets {len(wrong)} files of {root}".encode())
                 send_files(container, base, [str(Path(p).relative_to(base)) for p in wrong], peer,
                            lambda event: on_poll(), lambda: stop.count > 0)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from sparktune.setup.machine import boxes, peers
+from sparktune.setup.machine.backends import StopSignals
 from sparktune.setup.machine.boxes import inputs_of, link_of
 from sparktune.setup.machine.inventory import MARK, inventory, known_files, main
 from sparktune.setup.machine.peers import Peer, reach, reachable_boxes, send_image, tar_stream
@@ -363,3 +365,40 @@ def test_lines_of_the_other_machine_say_where_they_are_from(tmp_path: Path) -> N
         log.copy(Speaker(), "this machine", False)
     assert (tmp_path / "log").read_text().splitlines() == [
         "[spark-b] step 1", "[spark-b] step 2", "[spark-b] end", "step 1", "step 2", "end"]
+
+
+def test_files_go_to_the_innermost_mount_that_holds_them() -> None:
+    mounts = ["/home/a/results/one", "/home/a/.cache/huggingface", "/home/a/data", "/home/a/model"]
+    sent = {root: str(boxes.mounted_above(root, mounts)) for root in (
+        "/home/a/.cache/huggingface/hub/models--Qwen--Qwen3.5-2B", "/home/a/data/rows.jsonl", "/home/a/model",
+        "/home/a/results/one/plan.yaml",
+    )}
+    assert list(sent.values()) == [mounts[1], mounts[2], mounts[3], mounts[0]]
+
+
+@pytest.mark.parametrize("answer", ["here", "refused", "stopped"])
+def test_a_base_of_the_hub_is_fetched_before_others_are_given_it(
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched, stop = threading.Event(), StopSignals()
+
+    def fetch(model: str) -> Path:
+        if answer == "refused":
+            raise PreflightError("no network")
+        if answer == "stopped":
+            stop.count = 1
+            fetched.wait(10)
+        fetched.set()
+        return tmp_path
+
+    monkeypatch.setattr(boxes, "resolve_model_dir", fetch)
+    plan = Plan(model="Qwen/Qwen3.5-2B")
+    with (tmp_path / "log").open("wb") as file:
+        log = boxes._SharedLog(file)
+        if answer == "refused":
+            with pytest.raises(PreflightError, match="no network"):
+                boxes._weights_are_here(plan, log, lambda: None, stop)
+        else:
+            assert boxes._weights_are_here(plan, log, lambda: None, stop) == (answer == "here")
+    fetched.set()
+    assert b"Qwen/Qwen3.5-2B from the hub" in (tmp_path / "log").read_bytes()
