@@ -32,7 +32,7 @@ from sparktune.setup.machine.docker_backend import (
 )
 from sparktune.setup.machine.engine import create_container, start_container
 from sparktune.setup.machine.inventory import known_files
-from sparktune.setup.machine.peers import Peer, answering, look, look_again, reach, send_files, send_image
+from sparktune.setup.machine.peers import Peer, answering, look, make_folders, reach, send_files, send_image
 from sparktune.setup.plan.errors import ExitCode, PreflightError, UsageError
 from sparktune.setup.plan.links import interface_to
 from sparktune.setup.plan.models import resolve_model_dir
@@ -339,6 +339,7 @@ class BoxesBackend(DockerBackend):
             "volumes": {folder: {**there, "mode": "rw"} for folder, there in options["volumes"].items()},
         }
         open_options.pop("device_requests", None)  # a look needs no GPU
+        make_folders(peer, [folder for folder in options["volumes"] if Path(folder).is_dir()])
         container, found = look(client, open_options, asked, peer.host)
         try:
             if found["new"]:
@@ -360,7 +361,8 @@ class BoxesBackend(DockerBackend):
                            lambda event: on_poll(), lambda: stop.count > 0)
                 lacking += wrong
             if lacking or found["new"]:
-                found = look_again(container, peer.host)
+                container.remove(force=True)
+                container, found = look(client, open_options, {**asked, "finish": lacking}, peer.host)
                 if still := [path for path in lacking if found["files"].get(path) != own[path]]:
                     raise PreflightError(f"{still[0]} was sent to {peer.host} and is another file there. Is its disk "
                                          "sound, and does nobody else write there?")

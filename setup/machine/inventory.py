@@ -3,6 +3,7 @@
     python -m sparktune.setup.machine.inventory '{"files": [...], "written": [...], "towards": "192.168.100.1"}'
 
 Run in a container of each machine, with the folders of a run mounted where they are; the answer is one line of JSON.
+`finish` may name files that were sent: they get their names first.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any
 from sparktune.setup.machine.detect import existing_parent, host_memory_gib, nvidia_gpus
 from sparktune.setup.plan.links import interface_of, interface_to
 
-__all__ = ["MARK", "inventory", "known_files", "main"]
+__all__ = ["MARK", "PARTIAL", "inventory", "known_files", "main"]
 
 MARK = "sparktune-inventory: "
 """Begins the line of the answer."""
+PARTIAL = ".sparktune-partial"
+"""Ends the name of a file that is being sent."""
 _WHOLE = 64 * 2**20
 _SAMPLE = 2**20
 _SAMPLES = 64
@@ -104,6 +107,9 @@ def _entries(folder: str) -> list[str]:
 def main() -> int:
     """Prints the inventory that the one argument asks for."""
     asked = json.loads(sys.argv[1])
+    for path in asked.get("finish", ()):
+        if os.path.isfile(path + PARTIAL):  # not a link, which is sent as such
+            os.replace(path + PARTIAL, path)
     found = inventory(asked["files"], asked["written"], asked["towards"])
     print(MARK + json.dumps(found), flush=True)
     return 0

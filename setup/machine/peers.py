@@ -26,12 +26,21 @@ from sparktune.setup.machine.engine import (
     start_container,
 )
 from sparktune.setup.machine.image_build import Cancelled
-from sparktune.setup.machine.inventory import MARK
+from sparktune.setup.machine.inventory import MARK, PARTIAL
 from sparktune.setup.plan.errors import PreflightError
 from sparktune.setup.plan.links import address_of, interface_of
 
 __all__ = [
-    "Peer", "answering", "look", "look_again", "reach", "reachable_boxes", "send_files", "send_image", "tar_stream",
+    "Peer",
+    "answering",
+    "look",
+    "look_again",
+    "make_folders",
+    "reach",
+    "reachable_boxes",
+    "send_files",
+    "send_image",
+    "tar_stream",
 ]
 
 _CONNECT_S = 10
@@ -244,6 +253,9 @@ def send_image(
 def tar_stream(root: Path, names: Sequence[str], uid: int, gid: int) -> Iterator[bytes]:
     """Yields a tar archive of files and links below `root`, and of the folders that hold them, owned by uid and gid.
 
+    Files are called NAME + PARTIAL: what is cut off on its way is never taken for the whole (setup/machine/inventory.py
+    gives them their names).
+
     Raises:
         PreflightError: a file changed while it was read.
     """
@@ -260,7 +272,7 @@ def tar_stream(root: Path, names: Sequence[str], uid: int, gid: int) -> Iterator
         elif path.is_symlink() and len(names) > 1:
             info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
         else:
-            facts = path.stat()
+            facts, info.name = path.stat(), name + PARTIAL
             info.size, info.mtime, info.mode = facts.st_size, facts.st_mtime, facts.st_mode & 0o755
         yield info.tobuf(format=tarfile.PAX_FORMAT)
         if info.size:
@@ -312,6 +324,16 @@ def send_files(
         container.put_archive(str(root), chunks())
     except APIError as error:
         raise PreflightError(f"{peer.host} would not take the files of {root}: {error.explanation or error}") from error
+
+
+def make_folders(peer: Peer, folders: Sequence[str]) -> None:
+    """Makes folders on another machine as the user that ssh logs in as: its engine would make them as root.
+
+    What cannot be made is said by the inventory, which looks whether they can be written to.
+    """
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run([*_ssh(peer.host), "xargs -0 mkdir -p --"], input="\0".join(folders), text=True, check=False,
+                       capture_output=True, timeout=3 * _CONNECT_S, start_new_session=True)
 
 
 # -- what it has

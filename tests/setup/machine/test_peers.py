@@ -17,7 +17,7 @@ import pytest
 from sparktune.setup.machine import boxes, peers
 from sparktune.setup.machine.backends import StopSignals
 from sparktune.setup.machine.boxes import inputs_of, link_of
-from sparktune.setup.machine.inventory import MARK, inventory, known_files, main
+from sparktune.setup.machine.inventory import MARK, PARTIAL, inventory, known_files, main
 from sparktune.setup.machine.peers import Peer, reach, reachable_boxes, send_image, tar_stream
 from sparktune.setup.plan.config import resolve
 from sparktune.setup.plan.errors import PreflightError, UsageError
@@ -178,14 +178,14 @@ def test_a_tar_holds_files_links_and_their_folders_for_the_other_user(tmp_path: 
     made = b"".join(tar_stream(tmp_path, ["blobs/one", "snap/a/model"], 23456, 23457))
     with tarfile.open(fileobj=io.BytesIO(made)) as archive:
         members = {m.name: m for m in archive.getmembers()}
-        assert list(members) == ["blobs", "snap", "snap/a", "blobs/one", "snap/a/model"]
+        assert list(members) == ["blobs", "snap", "snap/a", "blobs/one" + PARTIAL, "snap/a/model"]
         assert {(m.uid, m.gid) for m in members.values()} == {(23456, 23457)}
-        blob = archive.extractfile("blobs/one")
+        blob = archive.extractfile("blobs/one" + PARTIAL)
         assert blob is not None
         assert blob.read() == b"x" * 1000
         assert members["snap/a/model"].linkname == "../../blobs/one"
     with tarfile.open(fileobj=io.BytesIO(b"".join(tar_stream(tmp_path / "snap" / "a", ["model"], 1, 1)))) as archive:
-        assert archive.getmember("model").size == 1000, "data given as a link is sent as what it leads to"
+        assert archive.getmember("model" + PARTIAL).size == 1000, "data given as a link is sent as what it leads to"
 
 
 def test_files_are_told_apart_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
