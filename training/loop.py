@@ -378,9 +378,10 @@ class TrainingLoop:
         began = time.perf_counter()
         engine_state = self.engine.state()
         damaged = damaged_tensors(engine_state)
-        if self.world.any(bool(damaged)):
+        if found := int(self.world.sums([len(damaged)])[0]):
             raise SparktuneError(
-                f"After step {self.state.step} {len(damaged)} tensors hold NaN or infinity: {some(damaged)}. No "
+                f"After step {self.state.step} {found} tensors hold NaN or infinity"
+                f"{': ' + some(damaged) if damaged else ', on other ranks'}. No "
                 f"checkpoint was made of them; {self.still_good()}. Lower --learning-rate or try --dtype float32."
             )
         self.state.metrics_bytes, self.state.samples_bytes = self.log.sync()

@@ -250,11 +250,21 @@ class NativeEngine:
     @torch.no_grad()
     def loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Returns sum(cross-entropy) of one micro-batch; without gradients there is no dropout."""
-        return self.model.loss_sum(micro_batch.to(self.device))
+        loss = self.model.loss_sum(micro_batch.to(self.device))
+        self._put_back()
+        return loss
 
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> list[int]:
         """Returns the greedy continuation, the stop token included if met."""
-        return self.model.generate(prompt_ids, max_new_tokens, stop_ids)
+        agree = None if not self._sharded else lambda token: int(self._world.sums([token * self._world.leads])[0])
+        answer = self.model.generate(prompt_ids, max_new_tokens, stop_ids, agree)
+        self._put_back()
+        return answer
+
+    def _put_back(self) -> None:
+        """After a pass without a backward: FSDP2 leaves embedding, last norm and head gathered, in the compute type."""
+        if self._sharded:
+            self.model.reshard()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns masters, moments and step counts. Dropout masks follow from the place in the data."""

@@ -58,6 +58,7 @@ def pass_over(loop: TrainingLoop, step: int, bad: BadStep, batches: Sequence[Mic
     Raises:
         SparktuneError: the policy is stop, or going on did not help: ten bad steps in a row, damaged weights.
     """
+    loop.world.enter(f"what follows the bad step {step}")  # a checkpoint is written or read: no step's limit holds
     text, damaged = _describe(loop, step, bad, batches)
     loop.state.bad_in_a_row += 1
     loop.state.passed_over += 1

@@ -65,6 +65,10 @@ class WholeTensors(Mapping[str, torch.Tensor]):
             self._last = (name, whole(self._tensors[name]))
         return self._last[1]
 
+    def __contains__(self, name: object) -> bool:
+        """Says whether there is such a tensor; gathers nothing, as Mapping's own answer would."""
+        return name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         """Yields the names."""
         return iter(self._tensors)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -278,7 +278,10 @@ class TextTower(nn.Module):
         return F.linear(self(batch), self.head_weight)
 
     @torch.no_grad()
-    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> list[int]:
+    def generate(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int],
+        agree: Callable[[int], int] | None = None,
+    ) -> list[int]:
         """Returns the greedy continuation, the stop token included if met.
 
         Keys, values, convolution inputs and states are kept, so each token costs one pass of one token.
@@ -287,6 +290,8 @@ class TextTower(nn.Module):
             prompt_ids: at least one token.
             max_new_tokens: longest continuation.
             stop_ids: tokens that end it.
+            agree: of several ranks that compute one answer together, gives all of them the same next token: who went
+                its own way after a near tie would leave the others waiting.
         """
         if not prompt_ids:
             raise ValueError("prompt_ids is empty; generation needs at least one token to start from.")
@@ -295,6 +300,7 @@ class TextTower(nn.Module):
         ids, start = list(prompt_ids), 0
         for _ in range(max_new_tokens):
             token = int(F.linear(self.read_on(ids, start, caches)[-1:], self.head_weight).argmax())
+            token = token if agree is None else agree(token)
             answer.append(token)
             if token in stop_ids:
                 break

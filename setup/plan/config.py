@@ -33,7 +33,7 @@ __all__ = ["ENV_PREFIX", "load_plan", "read_config", "resolve", "save_plan"]
 ENV_PREFIX = "SPARKTUNE_"
 _SHOWN_KEYS = 10
 _SHOWN_CHARACTERS = 80
-_BOOKKEEPING = ("schema_version", "origins", "kernels")
+_BOOKKEEPING = ("schema_version", "origins", "ranks", "kernels")
 _PATHS = ("data", "eval_data", "resume_from_checkpoint", "results", "output")
 _LAYERS: tuple[Origin, ...] = ("flag", "environment", "config", "saved")
 

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from sparktune.kernels.select import reference_ops
 from sparktune.setup.plan.models import probe
+from sparktune.setup.plan.schema import Plan
+from sparktune.training.distributed import World
 from sparktune.training.moments import TorchMoments
+from sparktune.training.native_engine import NativeEngine
 from sparktune.training.sharding import build_sharded, load_sharded
 from sparktune.training.tower import TextTower
 
@@ -76,3 +80,24 @@ def test_the_fused_update_takes_spread_tensors_beside_whole_ones() -> None:
     for name, value in plain.items():
         torch.testing.assert_close(fused[name], value, rtol=1e-6, atol=1e-7)
         assert not torch.equal(value, values[name])
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_what_is_evaluated_and_answered_can_still_be_exported(
+    oracles: Callable[[str], tuple[Any, Path]], documents: Callable[..., list[list[int]]], row: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """A pass without a backward left bfloat16 parameters behind, and the first save after it ended the run."""
+    folder = oracles("qwen3_5")[1]
+    plan = Plan(model=str(folder), mode="full", engine="native", dtype="bfloat16", recompute="none")
+    engine = NativeEngine._sharded_engine(
+        plan, probe(str(folder)), folder, torch.device("cpu"), reference_ops(), World())
+    batch = row(documents([30, 9]))
+    for step in range(2):
+        engine.forward_backward([batch], batch.supervised_tokens)
+        engine.optimiser_step(1e-3)
+        assert engine.loss_sum(batch) > 0
+        assert len(engine.generate([1, 2, 3], 4, [])) == 4
+        engine.export(tmp_path / f"weights-{step}")
+    one, two = (load_file(next((tmp_path / f"weights-{step}").glob("*.safetensors"))) for step in range(2))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
