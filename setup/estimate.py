@@ -48,7 +48,12 @@ def run_eta(
 
 
 def wants_calibration(plan: Plan, eta: Eta) -> bool:
-    """Returns whether the plan is rehearsed before it starts: when asked for, or when it may take over an hour."""
+    """Returns whether the plan is rehearsed before it starts: when asked for, or when it may take over an hour.
+
+    Not where several GPUs train: a rehearsal is one process, and would need the memory that the others bring.
+    """
+    if plan.processes > 1:
+        return False
     if plan.calibrate != "auto":
         return plan.calibrate == "yes"
     train = eta.stage("train")

@@ -268,6 +268,8 @@ def _announce_time(
     eta = run_eta(plan, spec, report, machine)
     display.console.print(eta_table(eta, plan, spec, report))
     if not wants_calibration(plan, eta):
+        if plan.calibrate == "yes":
+            display.say(strings.CALIBRATION_ALONE, "warning")
         return
     display.say(strings.CALIBRATING)
     backend, _ = choose_backend(plan, image)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparktune.setup.machine.symptoms import read_metrics
 from sparktune.setup.plan.arithmetic import training_flop
-from sparktune.setup.plan.eta import Pace, filled_share, micro_batch_tokens, training_work, work_of
+from sparktune.setup.plan.eta import Pace, chips_of, filled_share, micro_batch_tokens, training_work, work_of
 from sparktune.setup.plan.memory import checkpoint_bytes
 from sparktune.setup.plan.outfolder import write_durably
 from sparktune.setup.plan.rundir import RunDir, cache_dir
@@ -84,7 +84,8 @@ def record_training(
     book.paces += _besides(plan, spec, report, machine, run, seconds, rows, speed)
     book.speeds.append(Speed(
         chip=chip_of(machine), engine=plan.engine, mode=plan.mode, dtype=plan.dtype, recompute=plan.recompute_choice,
-        parameters=spec.parameters, flop_per_s=speed * flop, source="own", origin=f"this machine, run {run.name}",
+        parameters=spec.parameters, flop_per_s=speed * flop / chips_of(plan), source="own",
+        origin=f"this machine, run {run.name}",
         document=report.lengths.mean, micro_tokens=micro_batch_tokens(plan, report),
     ))
     _save(book)

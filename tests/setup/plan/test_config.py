@@ -122,7 +122,15 @@ def test_precedence_and_origins() -> None:
         first = next(iter(have), "default")
         assert plan.lora_r == layers.get(first)
         assert plan.origins["lora_r"] == first
-    assert set(plan.origins) == set(Plan.model_fields) - {"schema_version", "origins", "kernels"}
+    assert set(plan.origins) == set(Plan.model_fields) - {"schema_version", "origins", "ranks", "kernels"}
+
+
+def test_how_many_ranks_trained_an_old_plan_is_not_how_many_train_the_next(tmp_path: Path) -> None:
+    old = resolve({"data": tmp_path / "d.jsonl", "name": "old"}, {}, {}, {}).model_copy(update={"ranks": 8})
+    save_plan(old, tmp_path / "plan.yaml")
+    assert load_plan(tmp_path / "plan.yaml").ranks == 8
+    again = resolve({"gradient_accumulation": 4}, read_config(tmp_path / "plan.yaml"), {}, {})
+    assert again.processes == 1
 
 
 def test_every_wrong_value_is_named_with_its_range() -> None:

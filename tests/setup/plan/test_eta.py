@@ -10,7 +10,7 @@ import pytest
 
 from sparktune.setup.machine import speedbook
 from sparktune.setup.plan.arithmetic import forward_flop, training_flop
-from sparktune.setup.plan.eta import Calibration, Pace, duration, estimate, rented
+from sparktune.setup.plan.eta import Calibration, Pace, chips_of, duration, estimate, rented
 from sparktune.setup.plan.models import CATALOGUE, spec_from_config
 from sparktune.setup.plan.rundir import RunDir
 from sparktune.setup.plan.schema import DatasetReport, LengthStats, Machine, ModelSpec, Plan
@@ -146,6 +146,15 @@ def test_a_calibration_replaces_everything() -> None:
     measured = Calibration(steps=15, train_s=1000, low_s=960, high_s=1040, tok_per_s=5, peak_gib=1, device="cuda")
     eta = estimate(_plan(), _spec(), _report(), UNKNOWN, stages=("train",), calibration=measured)
     assert (eta.low, eta.seconds, eta.high, eta.unknown) == (960, 1000, 1040, "")
+
+
+def test_several_gpus_share_the_steps_and_nothing_else() -> None:
+    one, four = (estimate(_plan(**more), _spec(), _report(), GB10, stages=("train",)).stages[0]
+                 for more in ({}, {"gpus": 2, "peers": ["192.168.100.2"]}))
+    assert four.parts["steps"] == pytest.approx(one.parts["steps"] / 4)
+    assert {k: v for k, v in four.parts.items() if k != "steps"} == {k: v for k, v in one.parts.items() if k != "steps"}
+    assert "4 chips share a step" in four.reason
+    assert chips_of(_plan(device="cpu", gpus=2)) == 1, "processes of one machine share its cores"
 
 
 def test_other_stages_take_the_machines_own_pace() -> None:
