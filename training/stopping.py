@@ -67,15 +67,20 @@ def stop_here(loop: TrainingLoop) -> NoReturn:
     state = loop.state
     if state.step == 0:
         raise StoppedResumable(
-            f"Stopped before the first step, {loop.stop.why}. Go on with: python train.py --config {loop.run.plan}"
+            f"Stopped before the first step, {_why(loop)}. Go on with: python train.py --config {loop.run.plan}"
         )
     tell_stop(loop)
     loop.save()
     loop.stop.deaf = True  # torchrun tells the ranks that still live to stop, once one of them has
     raise StoppedResumable(
-        f"Stopped after step {state.step} of {loop.length.total_steps}, {loop.stop.why}. Go on with: "
+        f"Stopped after step {state.step} of {loop.length.total_steps}, {_why(loop)}. Go on with: "
         f"python train.py --resume-from-checkpoint {loop.run.checkpoint(state.step)}"
     )
+
+
+def _why(loop: TrainingLoop) -> str:
+    """Returns the end of the sentence that says why; a rank that was not asked itself heard it from another one."""
+    return loop.stop.why if loop.stop.requested or loop.world.alone else "as another rank was asked to"
 
 
 def _bytes_of_state(state: Mapping[str, torch.Tensor]) -> int:

@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 _CONNECT_S = 10
+_ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+"""ssh ends 15 s after the other machine's last word."""
 _BEGIN = "sparktune asks"
 _LOOK = (
     f"echo {_BEGIN}; id -u; id -g; date +%s; uname -m; test -e {INFINIBAND} && echo rdma || echo none; "
@@ -86,10 +88,30 @@ class Peer:
         """
         from docker.client import DockerClient
 
+        _give_ssh_a_deadline()
         with answering(self.host):
             client = DockerClient(base_url=f"ssh://{self.host}", use_ssh_client=True, timeout=ENGINE_TIMEOUT_S)
             refuse_other_ids(client, f"of {self.host}")
         return client
+
+
+def _give_ssh_a_deadline() -> None:
+    """Replaces how the docker SDK starts ssh: its own never asks whether the other machine is alive.
+
+    A read from one that fell silent would not end, whatever the SDK's timeout says. No password is asked for, nothing
+    said on the screen, and Ctrl-C is left to us.
+    """
+    from docker.transport import sshconn
+
+    class PatientSocket(sshconn.SSHSocket):  # type: ignore[misc]
+        def connect(self, **_: Any) -> None:
+            host = "".join([f"{self.user}@" if self.user else "", self.host, f":{self.port}" if self.port else ""])
+            self.proc = subprocess.Popen(
+                [*_ssh(host, *_ALIVE), "docker system dial-stdio"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, start_new_session=True,
+            )
+
+    sshconn.SSHSocket = PatientSocket
 
 
 @contextmanager

@@ -142,6 +142,18 @@ def test_a_machine_that_answers(ssh: Path) -> None:
     assert "BatchMode=yes" in asked
 
 
+def test_a_machine_that_falls_silent_is_given_up(ssh: Path) -> None:
+    """The SDK's own ssh has no such options, and a read from a silent machine never ends."""
+    peer = Peer(host="me@spark-b:2222", address="192.168.100.2", uid=1, gid=1, clock_off_s=0, clock_known_s=0, arch="x",
+                engine="1")
+    with pytest.raises(PreflightError, match="me@spark-b:2222 or its Docker engine went away"):
+        peer.client()
+    asked = (ssh / "ssh.asked").read_text().splitlines()
+    assert {"ServerAliveInterval=5", "ServerAliveCountMax=3", "BatchMode=yes", "ConnectTimeout=10"} <= set(asked)
+    at = asked.index("--")
+    assert asked[at - 2 : at + 3] == ["-p", "2222", "--", "me@spark-b", "docker system dial-stdio"]
+
+
 @pytest.mark.parametrize(("answer", "error", "code", "words"), [
     ("", "Permission denied (publickey).", "255", "without a password; it did not (Permission denied (publickey).)"),
     ("", "Host key verification failed.", "255", "ssh-copy-id spark-b"),
