@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -213,6 +213,10 @@ class World:
         if self._dog is not None:
             self._dog.advice = text
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """The main thread waits for what needs the other ranks: one of them that is late is not this one's fault."""
+        return self._dog.waiting() if self._dog is not None else nullcontext()
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """A collective: its failure means that another rank is gone.
@@ -220,7 +224,7 @@ class World:
         Raises:
             RankLost: it failed.
         """
-        with self._dog.waiting() if self._dog is not None else nullcontext():
+        with self.waiting():
             try:
                 yield
             except RuntimeError as error:

@@ -246,7 +246,9 @@ class TrainingLoop:
         for again in (False, True):
             try:
                 loss = self.engine.forward_backward(self._drawn(epoch, first, last, batches), supervised)
-                both: list[float] = torch.stack([loss.double(), self.engine.gradient_norm().double()]).tolist()
+                asked = torch.stack([loss.double(), self.engine.gradient_norm().double()])
+                with self.world.waiting():  # NCCL's sums are waited for here, not where they are asked for
+                    both: list[float] = asked.tolist()
                 return both[0], both[1]
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if again or not is_out_of_memory(error) or not self.world.alone:
