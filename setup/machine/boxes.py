@@ -357,7 +357,7 @@ class BoxesBackend(DockerBackend):
                     continue
                 base = mounted_above(root, options["volumes"])
                 log.line(f"{peer.host} gets {len(wrong)} files of {root}".encode())
-                send_files(container, base, [str(Path(p).relative_to(base)) for p in wrong], peer,
+                send_files(container, base, {str(Path(p).relative_to(base)): own[p][0] == "link" for p in wrong}, peer,
                            lambda event: on_poll(), lambda: stop.count > 0)
                 lacking += wrong
             if lacking or found["new"]:

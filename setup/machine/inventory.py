@@ -51,12 +51,13 @@ def _digest(path: Path, size: int) -> str:
 def known_files(paths: Iterable[str]) -> dict[str, list[Any]]:
     """Returns path -> [size, digest] of every file at or below `paths`; a link is ["link", where it leads].
 
-    What is not there has no entry.
+    A link that leads out of its folder counts as what it leads to: a snapshot of the hub's cache is links to blobs
+    beside it. What is not there has no entry.
     """
     found: dict[str, list[Any]] = {}
 
-    def note(path: Path, top: bool) -> None:
-        if path.is_symlink() and not top:
+    def note(path: Path, root: Path | None) -> None:
+        if root is not None and path.is_symlink() and path.resolve().is_relative_to(root.resolve()):
             found[str(path)] = ["link", os.readlink(path)]
         elif path.is_file():
             size = path.stat().st_size
@@ -69,9 +70,9 @@ def known_files(paths: Iterable[str]) -> dict[str, list[Any]]:
                 folders.sort()
                 links = [name for name in folders if (Path(folder) / name).is_symlink()]
                 for name in sorted([*files, *links]):
-                    note(Path(folder) / name, False)
+                    note(Path(folder) / name, path)
         else:
-            note(path, True)
+            note(path, None)
     return found
 
 

@@ -272,11 +272,17 @@ def send_image(
 # -- files
 
 
-def tar_stream(root: Path, names: Sequence[str], uid: int, gid: int) -> Iterator[bytes]:
+def tar_stream(root: Path, names: Mapping[str, bool], uid: int, gid: int) -> Iterator[bytes]:
     """Yields a tar archive of files and links below `root`, and of the folders that hold them, owned by uid and gid.
 
     Files are called NAME + PARTIAL: what is cut off on its way is never taken for the whole (setup/machine/inventory.py
     gives them their names).
+
+    Args:
+        root: the folder.
+        names: of the files, relative to it -> whether it is a link to be sent as one.
+        uid: their owner over there.
+        gid: their group.
 
     Raises:
         PreflightError: a file changed while it was read.
@@ -291,7 +297,7 @@ def tar_stream(root: Path, names: Sequence[str], uid: int, gid: int) -> Iterator
         info.uid, info.gid, info.mode = uid, gid, 0o755
         if name in folders:
             info.type = tarfile.DIRTYPE
-        elif path.is_symlink() and len(names) > 1:
+        elif names[name]:
             info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
         else:
             facts, info.name = path.stat(), name + PARTIAL
@@ -311,7 +317,7 @@ def tar_stream(root: Path, names: Sequence[str], uid: int, gid: int) -> Iterator
 
 
 def send_files(
-    container: Any, root: Path, names: Sequence[str], peer: Peer, on_event: OnEvent,
+    container: Any, root: Path, names: Mapping[str, bool], peer: Peer, on_event: OnEvent,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Writes files below `root` to the same place on another machine.
@@ -319,7 +325,7 @@ def send_files(
     Args:
         container: over there, with that folder mounted; it need not run.
         root: the folder.
-        names: of the files, relative to it.
+        names: of the files, relative to it -> whether it is a link to be sent as one.
         peer: the machine.
         on_event: takes progress.
         should_stop: True cancels.
@@ -330,7 +336,8 @@ def send_files(
     """
     from docker.errors import APIError
 
-    total, done, begun = sum((root / name).stat().st_size for name in names), 0, time.monotonic()
+    total = sum((root / name).stat(follow_symlinks=not is_link).st_size for name, is_link in names.items())
+    done, begun = 0, time.monotonic()
 
     def chunks() -> Iterator[bytes]:
         nonlocal done

@@ -187,7 +187,7 @@ def test_a_tar_holds_files_links_and_their_folders_for_the_other_user(tmp_path: 
     (tmp_path / "blobs" / "one").write_bytes(b"x" * 1000)
     (tmp_path / "snap" / "a").mkdir(parents=True)
     (tmp_path / "snap" / "a" / "model").symlink_to("../../blobs/one")
-    made = b"".join(tar_stream(tmp_path, ["blobs/one", "snap/a/model"], 23456, 23457))
+    made = b"".join(tar_stream(tmp_path, {"blobs/one": False, "snap/a/model": True}, 23456, 23457))
     with tarfile.open(fileobj=io.BytesIO(made)) as archive:
         members = {m.name: m for m in archive.getmembers()}
         assert list(members) == ["blobs", "snap", "snap/a", "blobs/one" + PARTIAL, "snap/a/model"]
@@ -196,8 +196,23 @@ def test_a_tar_holds_files_links_and_their_folders_for_the_other_user(tmp_path: 
         assert blob is not None
         assert blob.read() == b"x" * 1000
         assert members["snap/a/model"].linkname == "../../blobs/one"
-    with tarfile.open(fileobj=io.BytesIO(b"".join(tar_stream(tmp_path / "snap" / "a", ["model"], 1, 1)))) as archive:
+    made = b"".join(tar_stream(tmp_path / "snap" / "a", {"model": False}, 1, 1))
+    with tarfile.open(fileobj=io.BytesIO(made)) as archive:
         assert archive.getmember("model" + PARTIAL).size == 1000, "data given as a link is sent as what it leads to"
+
+
+def test_a_snapshot_of_the_hubs_cache_is_what_its_links_lead_to(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "one").write_bytes(b"x" * 1000)
+    snapshot = tmp_path / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/one")
+    (snapshot / "gone").symlink_to("../../blobs/none")
+    (snapshot / "again").symlink_to("model.safetensors")
+    whole, alone = known_files([str(tmp_path)]), known_files([str(snapshot)])
+    assert whole[str(snapshot / "model.safetensors")] == ["link", "../../blobs/one"]
+    assert alone[str(snapshot / "model.safetensors")][0] == 1000
+    assert set(alone) == {str(snapshot / "model.safetensors"), str(snapshot / "again")}
 
 
 def test_files_are_told_apart_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
