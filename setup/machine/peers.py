@@ -103,7 +103,7 @@ def _give_ssh_a_deadline() -> None:
     """
     from docker.transport import sshconn
 
-    class PatientSocket(sshconn.SSHSocket):  # type: ignore[misc]
+    class PatientSocket(sshconn.SSHSocket):
         def connect(self, **_: Any) -> None:
             host = "".join([f"{self.user}@" if self.user else "", self.host, f":{self.port}" if self.port else ""])
             self.proc = subprocess.Popen(
