@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from sparktune.setup.plan.errors import PreflightError, SparktuneError, UsageError
 from sparktune.training.heartbeat import Limits, Watchdog
+from sparktune.training.launch import name_interfaces
 
 __all__ = ["Members", "RankLost", "World", "is_collective"]
 
@@ -125,6 +126,9 @@ class World:
         if self.alone:
             return
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if self.size > self.members.local_size:
+            with suppress(PreflightError):  # a name that only the cluster's own software resolves: it has set these
+                name_interfaces(self.members.host, os.environ)
         try:
             dist.init_process_group(
                 backend, timeout=timedelta(seconds=_MEET_S), rank=self.rank, world_size=self.size
