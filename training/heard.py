@@ -41,6 +41,10 @@ class HeardTensors(Mapping[str, torch.Tensor]):
         self._world.hear_tensor(tensor)
         return tensor
 
+    def kinds(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Returns name -> (dtype, shape); nothing is sent."""
+        return {name: (getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in self._kinds.items()}
+
     def __contains__(self, name: object) -> bool:
         """Says whether there is such a tensor; nothing is sent."""
         return name in self._kinds

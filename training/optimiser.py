@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -12,6 +13,13 @@ from sparktune.training.moments import make_moments
 from sparktune.training.spread import copy_into, split_spread
 
 __all__ = ["MasterAdamW"]
+
+
+@runtime_checkable
+class _Described(Protocol):
+    """Tensors that say what they are before they are read."""
+
+    def kinds(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: ...
 
 
 class MasterAdamW:
@@ -159,17 +167,25 @@ class MasterAdamW:
         mine = self.state()
         wrong = [f"{name} is missing" for name in mine if name not in state]
         wrong += [f"{name} is unexpected" for name in state if name not in mine and name not in others]
+        kinds = _kinds_of(state)
         for name, own in mine.items():
             if name in state:
-                seen = state[name]
-                if seen.shape != own.shape or seen.dtype != own.dtype:
+                dtype, shape = kinds[name]
+                if shape != tuple(own.shape) or dtype != own.dtype:
                     expected = f"expected {list(own.shape)} {own.dtype}"
-                    wrong.append(f"{name} is {list(seen.shape)} {seen.dtype}, {expected}")
+                    wrong.append(f"{name} is {list(shape)} {dtype}, {expected}")
         if wrong:
             raise ValueError("; ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""))
         for name, own in mine.items():
             copy_into(own, state[name])
         self._round()
+
+
+def _kinds_of(state: Mapping[str, torch.Tensor]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Returns name -> (dtype, shape), without reading tensors that are in a file or on another rank."""
+    if isinstance(state, _Described):
+        return state.kinds()
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
 
 
 def _adds_to(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
