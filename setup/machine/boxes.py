@@ -333,13 +333,14 @@ class BoxesBackend(DockerBackend):
         """
         client, paths = self._clients[peer.host], inputs_of(run, plan)
         written = [folder for folder, mode in mounts_of(run, plan).items() if mode == "rw"]
-        asked = {"files": paths, "written": written, "towards": address}
+        folders = [folder for folder in options["volumes"] if Path(folder).is_dir()]
+        asked = {"files": paths, "written": written, "towards": address, "given": folders}
         open_options = {
             **options, "name": f"{options['name']}-inputs",
             "volumes": {folder: {**there, "mode": "rw"} for folder, there in options["volumes"].items()},
         }
         open_options.pop("device_requests", None)  # a look needs no GPU
-        make_folders(peer, [folder for folder in options["volumes"] if Path(folder).is_dir()])
+        make_folders(peer, folders)
         container, found = look(client, open_options, asked, peer.host)
         try:
             if found["new"]:
@@ -363,6 +364,12 @@ class BoxesBackend(DockerBackend):
             if lacking or found["new"]:
                 container.remove(force=True)
                 container, found = look(client, open_options, {**asked, "finish": lacking}, peer.host)
+                if unfinished := found["unfinished"]:
+                    raise PreflightError(
+                        f"On {peer.host} user {peer.uid} should be able to write {unfinished[0]}, which a run reads and "
+                        f"which differs from this machine's; it may not. Give that folder to the user over there: sudo "
+                        f"chown {peer.uid}:{peer.gid} {os.path.dirname(unfinished[0])}"
+                    )
                 if still := [path for path in lacking if found["files"].get(path) != own[path]]:
                     raise PreflightError(f"{still[0]} was sent to {peer.host} and is another file there. Is its disk "
                                          "sound, and does nobody else write there?")

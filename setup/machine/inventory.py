@@ -76,21 +76,25 @@ def known_files(paths: Iterable[str]) -> dict[str, list[Any]]:
     return found
 
 
-def inventory(files: Iterable[str], written: Iterable[str], towards: str) -> dict[str, Any]:
+def inventory(
+    files: Iterable[str], written: Iterable[str], towards: str, given: Iterable[str] = ()
+) -> dict[str, Any]:
     """Returns what this machine has.
 
     Args:
         files: files and folders whose content counts.
         written: folders that a run writes to.
         towards: address of the machine whose link counts.
+        given: folders that files may be sent to.
     """
     folders = [Path(folder) for folder in written]
     refused = [str(p) for p in folders if not os.access(p, os.W_OK | os.X_OK)]
+    closed = [*refused, *(folder for folder in given if not os.access(folder, os.W_OK | os.X_OK))]
     name = interface_to(towards)
     return {
         "files": known_files(files),
         "refused": refused,
-        "new": [folder for folder in refused if os.stat(folder).st_uid == 0 and not _entries(folder)],
+        "new": [f for f in dict.fromkeys(closed) if os.stat(f).st_uid == 0 and not _entries(f)],
         "disk_gib": round(min((shutil.disk_usage(existing_parent(p)).free for p in folders), default=0) / 2**30, 2),
         "memory_gib": round(host_memory_gib(), 2),
         "interface": None if name is None else asdict(interface_of(name)),
@@ -108,10 +112,15 @@ def _entries(folder: str) -> list[str]:
 def main() -> int:
     """Prints the inventory that the one argument asks for."""
     asked = json.loads(sys.argv[1])
+    unfinished = []
     for path in asked.get("finish", ()):
         if os.path.isfile(path + PARTIAL):  # not a link, which is sent as such
-            os.replace(path + PARTIAL, path)
-    found = inventory(asked["files"], asked["written"], asked["towards"])
+            try:
+                os.replace(path + PARTIAL, path)
+            except OSError:
+                unfinished.append(path)
+    found = inventory(asked["files"], asked["written"], asked["towards"], asked.get("given", ()))
+    found["unfinished"] = unfinished
     print(MARK + json.dumps(found), flush=True)
     return 0
 
