@@ -366,9 +366,9 @@ class BoxesBackend(DockerBackend):
                 container, found = look(client, open_options, {**asked, "finish": lacking}, peer.host)
                 if unfinished := found["unfinished"]:
                     raise PreflightError(
-                        f"On {peer.host} user {peer.uid} should be able to write {unfinished[0]}, which a run reads and "
-                        f"which differs from this machine's; it may not. Give that folder to the user over there: sudo "
-                        f"chown {peer.uid}:{peer.gid} {os.path.dirname(unfinished[0])}"
+                        f"On {peer.host} user {peer.uid} should be able to write {unfinished[0]}, which a run reads "
+                        "and which differs from this machine's; it may not. Give that folder to the user over there: "
+                        f"sudo chown {peer.uid}:{peer.gid} {os.path.dirname(unfinished[0])}"
                     )
                 if still := [path for path in lacking if found["files"].get(path) != own[path]]:
                     raise PreflightError(f"{still[0]} was sent to {peer.host} and is another file there. Is its disk "

@@ -89,12 +89,13 @@ def inventory(
     """
     folders = [Path(folder) for folder in written]
     refused = [str(p) for p in folders if not os.access(p, os.W_OK | os.X_OK)]
-    closed = [*refused, *(folder for folder in given if not os.access(folder, os.W_OK | os.X_OK))]
+    mounts = {*given, *map(str, folders)}
+    closed = [*refused, *sorted(folder for folder in mounts if not os.access(folder, os.W_OK | os.X_OK))]
     name = interface_to(towards)
     return {
         "files": known_files(files),
         "refused": refused,
-        "new": [f for f in dict.fromkeys(closed) if os.stat(f).st_uid == 0 and not _entries(f)],
+        "new": [f for f in dict.fromkeys(closed) if os.stat(f).st_uid == 0 and _holds_only(f, mounts)],
         "disk_gib": round(min((shutil.disk_usage(existing_parent(p)).free for p in folders), default=0) / 2**30, 2),
         "memory_gib": round(host_memory_gib(), 2),
         "interface": None if name is None else asdict(interface_of(name)),
@@ -102,11 +103,13 @@ def inventory(
     }
 
 
-def _entries(folder: str) -> list[str]:
+def _holds_only(folder: str, mounts: set[str]) -> bool:
+    """Says whether a folder is empty but for what an engine makes on the way to other mounts."""
     try:
-        return os.listdir(folder)
+        entries = [f"{folder.rstrip('/')}/{name}" for name in os.listdir(folder)]
     except OSError:
-        return ["unreadable"]
+        return False
+    return all(any(mount == entry or mount.startswith(f"{entry}/") for mount in mounts) for entry in entries)
 
 
 def main() -> int:

@@ -215,6 +215,19 @@ def test_a_snapshot_of_the_hubs_cache_is_what_its_links_lead_to(tmp_path: Path) 
     assert set(alone) == {str(snapshot / "model.safetensors"), str(snapshot / "again")}
 
 
+def test_a_folder_that_an_engine_made_is_given_to_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`work` is root's and holds nothing but the way to other mounts; `theirs` holds somebody's file."""
+    for name in ("work/results/one", "theirs"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "theirs" / "letter").touch()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    work, one, theirs = (str(tmp_path / name) for name in ("work", "work/results/one", "theirs"))
+    real = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **more: SimpleNamespace(st_uid=0) if path in (work, one, theirs)
+                        else real(path, **more))
+    assert set(inventory([], [one], "127.0.0.1", [work, theirs])["new"]) == {work, one}
+
+
 def test_files_are_told_apart_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparktune.setup.machine import inventory as module
 
