@@ -5,11 +5,12 @@ set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 
 # The light environment asks, plans and shows; it has no torch. Runs on this machine itself need the other one.
-demo=false flag='' file='' previous=''
+demo=false peers=false flag='' file='' previous=''
 for argument in "$@"; do
   case $argument in
     --demo) demo=true ;;
     --backend=*) flag=${argument#--backend=} ;;
+    --peers | --peers=*) peers=true ;;
     --config=*) previous=--config argument=${argument#--config=} ;;
   esac
   case $previous in
@@ -23,7 +24,9 @@ for argument in "$@"; do
   previous=$argument
 done
 backend=${flag:-${SPARKTUNE_BACKEND:-$file}} environment=wizard
-if [ "$backend" = local ] || { [ "$demo" = true ] && [ "$backend" != docker ]; }; then environment=local; fi
+# other machines train in containers, the demo's too
+if [ "$demo" = true ] && [ "$backend" != docker ] && [ "$peers" = false ]; then environment=local; fi
+if [ "$backend" = local ]; then environment=local; fi
 
 python=$("$root/scripts/venv.sh" "$environment") || exit $?
 unset PYTHONHOME PYTHONPATH
