@@ -81,6 +81,10 @@ def test_shellcheck_finds_nothing() -> None:
     (["--demo", "--backend", "docker"], {}, "wizard"),
     (["--backend=docker", "--demo"], {}, "wizard"),
     (["--demo"], {"SPARKTUNE_BACKEND": "docker"}, "wizard"),
+    (["--demo", "--peers", "spark-b"], {}, "wizard"),  # containers train, here too
+    (["--peers=spark-b", "--demo"], {}, "wizard"),
+    (["--peers", "spark-b", "--data", "x y"], {}, "wizard"),
+    (["--demo", "--peers", "spark-b", "--backend", "local"], {}, "local"),  # which says that the two contradict
     (["--demo"], {"SPARKTUNE_BACKEND": "local"}, "local"),
     (["--backend", "local"], {}, "local"),
     (["--backend=local", "--data", "x y"], {}, "local"),

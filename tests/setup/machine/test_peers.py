@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 from sparktune.setup.machine import boxes, peers
 from sparktune.setup.machine.backends import StopSignals
 from sparktune.setup.machine.boxes import inputs_of, link_of
+from sparktune.setup.machine.docker_backend import mounts_of
 from sparktune.setup.machine.inventory import MARK, PARTIAL, inventory, known_files, main
 from sparktune.setup.machine.peers import Peer, reach, reachable_boxes, send_image, tar_stream
 from sparktune.setup.plan.config import resolve
@@ -414,6 +415,105 @@ def test_files_go_to_the_innermost_mount_that_holds_them() -> None:
         "/home/a/results/one/plan.yaml",
     )}
     assert list(sent.values()) == [mounts[1], mounts[2], mounts[3], mounts[0]]
+
+
+class FarEngine:
+    """An engine over there that makes, as root, every folder to mount that is missing. Notes what it is asked to do."""
+
+    def __init__(self, roots: set[str]) -> None:
+        self.roots, self.closed, self.holds, self.done = roots, "", set(), []
+        self.containers = self
+
+    def create(self, **options: Any) -> FarEngine.Box:
+        return self.Box(self, options)
+
+    class Box:
+        """A container of it: the inventory, or what gives folders away."""
+
+        def __init__(self, engine: FarEngine, options: dict[str, Any]) -> None:
+            self.engine, self.options, self.answer = engine, options, {}
+
+        def start(self) -> None:
+            command = self.options["command"]
+            if command[0] == "chown":
+                assert (self.options["user"], self.options["cap_add"]) == ("0:0", ["CHOWN"])
+                self.engine.done.append(("given", command[2], sorted(command[3:])))
+                self.engine.roots -= set(command[3:])
+                return
+            asked = json.loads(command[-1])
+            assert self.options["user"] == "23456:23457"
+            self.engine.done.append(("looked",))
+            seen = [*asked["written"], *asked["given"]]
+            unfinished = [path for path in asked.get("finish", ()) if self.engine.closed and
+                          path.startswith(self.engine.closed)]
+            self.answer = {
+                "files": known_files(self.engine.holds), "refused": [f for f in asked["written"] if f in
+                self.engine.roots], "new": sorted(set(seen) & self.engine.roots), "unfinished": unfinished,
+                "interface": {"name": "far0", "up": True, "megabits": None},
+            }
+
+        def wait(self) -> dict[str, int]:
+            return {"StatusCode": 0}
+
+        def logs(self) -> bytes:
+            return (MARK + json.dumps(self.answer)).encode()
+
+        def put_archive(self, folder: str, chunks: Iterator[bytes]) -> None:
+            assert folder not in self.engine.roots, "a file sent there would be root's, and keep its partial name"
+            with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
+                sent = [m for m in archive.getmembers() if m.isfile()]
+            assert {(m.uid, m.gid) for m in sent} == {(23456, 23457)}
+            self.engine.done.append(("sent", folder))
+            self.engine.holds |= {f"{folder}/{m.name.removesuffix(PARTIAL)}" for m in sent}
+
+        def remove(self, force: bool) -> None: ...
+
+
+@pytest.fixture
+def equip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[FarEngine], str]:
+    """Gives a machine what a run needs whose results, data and base lie in folders beside each other."""
+    for name, folder in (("HF_HOME", "hf"), ("XDG_CACHE_HOME", "cache"), ("XDG_STATE_HOME", "state")):
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    for file in ("results/r/plan.yaml", "data/rows.jsonl", "base/config.json"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("{}")
+    run = RunDir(name="r", results_root=tmp_path / "results", output_root=tmp_path / "output")
+    plan = Plan(model=str(tmp_path / "base"), data=tmp_path / "data" / "rows.jsonl", output=run.output_root)
+    peer = Peer(host="b", address="192.168.100.2", uid=23456, gid=23457, clock_off_s=0, clock_known_s=0, arch="x",
+                engine="1")
+    monkeypatch.setattr(boxes, "make_folders", lambda *_: None)  # its user may not: they lie in a folder of root's
+    volumes = {folder: {"bind": folder, "mode": mode} for folder, mode in mounts_of(run, plan).items()}
+    options = {"name": "train", "user": "23456:23457", "volumes": volumes}
+
+    def equip(engine: FarEngine) -> str:
+        backend = boxes.BoxesBackend.__new__(boxes.BoxesBackend)
+        backend._clients = {"b": engine}
+        with (tmp_path / "log").open("wb") as file:
+            return backend._equip(peer, options, run, plan, "192.168.100.1", boxes._SharedLog(file), lambda: None,
+                                  StopSignals())
+
+    return equip
+
+
+def test_folders_that_the_far_engine_made_belong_to_its_user_before_files_are_sent(
+    equip: Callable[[FarEngine], str], tmp_path: Path
+) -> None:
+    """Those that are written to and those that are only read: data and base are sent into them as that user."""
+    made = {str(tmp_path / name) for name in ("results/r", "output", "data", "base")}
+    engine = FarEngine(set(made))
+    assert equip(engine) == "far0"
+    assert engine.done[:2] == [("looked",), ("given", "23456:23457", sorted(made))]
+    assert sorted(engine.done[2:-1]) == [("sent", str(tmp_path / name)) for name in ("base", "data", "results/r")]
+    assert engine.done[-1] == ("looked",), "and what was sent is what is here"
+
+
+def test_a_folder_over_there_that_is_somebody_elses_is_said_with_its_cure(
+    equip: Callable[[FarEngine], str], tmp_path: Path
+) -> None:
+    engine = FarEngine(set())
+    engine.closed = str(tmp_path / "data")
+    with pytest.raises(PreflightError, match=f"sudo chown 23456:23457 {engine.closed}$"):
+        equip(engine)
 
 
 @pytest.mark.parametrize("answer", ["here", "refused", "stopped"])

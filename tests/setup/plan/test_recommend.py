@@ -104,6 +104,16 @@ def test_a_step_has_a_pack_for_every_process() -> None:
     assert "cannot be shared by 4 processes" in item.reason
 
 
+@pytest.mark.parametrize(("steps", "processes"), [(8, 1), (50, 1), (5000, 1), (5000, 2)])
+def test_one_process_shares_nothing_and_enough_packs_are_no_reason(steps: int, processes: int) -> None:
+    """Of eight packs a step takes one so that there are many steps, not because a process needs it."""
+    report = _report(steps, mean=1000, p90=1000, longest=1000)
+    asked = Plan(gpus=processes, pack=False, num_epochs=1, origins={"pack": "flag", "num_epochs": "flag"})
+    (item,) = [r for r in recommend(asked, _spec(), report, CPU) if r.field == "gradient_accumulation"]
+    assert "cannot be shared" not in item.reason
+    assert ("fewer than" in item.reason) == (steps < 100)
+
+
 @pytest.mark.parametrize("changes", [{"max_seq_length": 1024}, {"max_seq_length": 1000}])
 def test_pack_length_stays_under_the_cut(changes: dict[str, int]) -> None:
     plan = Plan(**changes, origins={"max_seq_length": "flag"})
