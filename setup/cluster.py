@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import yaml
 
 from sparktune.setup.machine.backends import program_root
+from sparktune.setup.plan.config import SAID
 from sparktune.setup.plan.schema import ModelSpec, Plan
 from sparktune.setup.plan.trainable import refuse_ranks
 from sparktune.setup.replay import plan_arguments
@@ -27,7 +28,6 @@ KINDS: tuple[str, ...] = get_args(ClusterKind)
 
 _OF_A_MACHINE = ("device", "dtype", "recompute", "recompute_layers", "engine")
 """Recommended for the machine that made the plan; the one that trains decides for itself unless somebody said so."""
-_SAID = ("flag", "environment", "config", "saved")
 _PORT = 29500
 _RESTARTS = 3
 _CPUS = 8
@@ -40,7 +40,7 @@ def training_words(plan: Plan) -> list[str]:
     """Returns train.py's arguments for a decided plan: what was said, and what followed from the data."""
     open_again = {
         field: Plan.model_fields[field].get_default() for field in _OF_A_MACHINE
-        if plan.origins.get(field, "default") not in _SAID
+        if plan.origins.get(field, "default") not in SAID
     }
     paths = {field: _absolute(getattr(plan, field)) for field in ("data", "eval_data", "results", "output")}
     local = {"model": os.path.abspath(plan.model)} if Path(plan.model).is_dir() else {}

@@ -93,7 +93,7 @@ def run_demo(
     folder = folder or Path.cwd() / _FOLDER
     stamp = time.strftime("%Y-%m-%d-%H%M%S")
     backend = None
-    if _in_image(plan):  # then this machine needs no torch of its own
+    if plan.backend == "docker":  # then this machine needs no torch of its own
         backend = _backend_with_image(plan, image, console, plain)
         image = image.for_later() if image else None
     with _waiting(console, plain, f"Making a tiny Qwen3.5 in {folder}"):
@@ -121,17 +121,13 @@ def run_demo(
     return int(ExitCode.OK if ok else ExitCode.FAILURE)
 
 
-def _in_image(plan: Plan) -> bool:
-    return plan.backend == "docker" or bool(plan.peers)
-
-
 def plan_for(plan: Plan, corpus: Corpus, model: Path, data: Path, name: str) -> Plan:
     """Returns the plan of one demo run: the demo's settings over `plan`, the rest left open for the recommendations.
 
     It runs here unless Docker or another machine was asked for: the demo needs no GPU, so `auto` has no reason to build
     an image.
     """
-    backend = "docker" if _in_image(plan) else "local"
+    backend = "docker" if plan.backend == "docker" else "local"
     values = {"model": str(model), "data": data, "name": name, "backend": backend, "device": "cpu",
               **corpus.settings}
     if plan.processes > 1:  # a step has a pack for everybody

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from sparktune.setup.plan.errors import PreflightError, SparktuneError, UsageError
+from sparktune.setup.plan.scale import BUCKET_BYTES
 from sparktune.training.heartbeat import Limits, Watchdog
 from sparktune.training.launch import name_interfaces
 
@@ -30,8 +31,6 @@ _MEET_S = 120.0
 _COLLECTIVE_S = 24 * 3600.0
 """To wait in a collective. The watchdog ends a wait that is not honest, within seconds."""
 _LEAD_FIRST_S = 1.0
-_BUCKET_BYTES = 64 * 2**20
-"""Gradients summed at a time: large enough for the link's full speed, small beside what a step keeps."""
 
 
 class RankLost(SparktuneError):
@@ -300,7 +299,7 @@ class World:
             bucket.append(tensor)
             size += tensor.numel() * tensor.element_size()
             following = tensors[i + 1] if i + 1 < len(tensors) else None
-            if following is None or size >= _BUCKET_BYTES or following.dtype != tensor.dtype:
+            if following is None or size >= BUCKET_BYTES or following.dtype != tensor.dtype:
                 self._add_bucket(bucket)
                 self.sent_bytes += 2 * (self.size - 1) * size // self.size
                 bucket, size = [], 0

@@ -19,12 +19,11 @@ import torch
 import torch.distributed as dist
 
 from sparktune.setup.plan.errors import SparktuneError
+from sparktune.setup.plan.links import MEASURED
 from sparktune.training.launch import Node, name_interfaces
 
-__all__ = ["MARK", "main", "measure"]
+__all__ = ["main", "measure"]
 
-MARK = "sparktune-link: "
-"""Begins the line of the answer."""
 _MEET_S = 120.0
 _BYTES = {"nccl": 512 * 2**20, "gloo": 32 * 2**20}
 _LEAST_S = 2.0
@@ -87,7 +86,7 @@ def main() -> int:
     if node.index == 0:
         answer = {"backend": backend, "bytes_per_s": rate, "payload": _BYTES[backend], "times": times,
                   "interface": interface, "ranks": node.count}
-        print(MARK + json.dumps(answer), flush=True)
+        print(MEASURED + json.dumps(answer), flush=True)
     return 0
 
 

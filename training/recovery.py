@@ -81,7 +81,7 @@ def _describe(loop: TrainingLoop, step: int, bad: BadStep, batches: Sequence[Mic
     if damaged:
         lines, guilty = sorted({line for batch in batches for line in loop.train.lines(batch)}), False
         broken = f"No row is to blame, the weights are damaged: {some(damaged)}. "
-    rows = f"{'line' if len(lines) == 1 else 'lines'} {some(lines)} of {loop.plan.data}"
+    rows = _named(loop, lines)
     where = f"It comes from {rows}" if guilty else f"The step's examples are on {rows}"
     return f"{bad.what} at step {step}. {broken}{where}.", bool(damaged)
 
@@ -95,8 +95,11 @@ def _describe_together(loop: TrainingLoop, step: int, bad: BadStep, damaged: lis
     spoiled = loop.world.any(bool(damaged))
     where = f": {some(damaged)}" if damaged else ""
     broken = f"No row is to blame, the weights are damaged{where}. " if spoiled else ""
-    rows = f"{'line' if len(lines) == 1 else 'lines'} {some(lines)} of {loop.plan.data}"
-    return f"{bad.what} at step {step}. {broken}The step's examples are on {rows}.", spoiled
+    return f"{bad.what} at step {step}. {broken}The step's examples are on {_named(loop, lines)}.", spoiled
+
+
+def _named(loop: TrainingLoop, lines: list[int]) -> str:
+    return f"{'line' if len(lines) == 1 else 'lines'} {some(lines)} of {loop.plan.data}"
 
 
 def _stop_for(loop: TrainingLoop, text: str, damaged: bool) -> NoReturn:

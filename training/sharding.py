@@ -22,7 +22,7 @@ from sparktune.setup.plan.schema import ModelSpec
 from sparktune.setup.plan.weights import safetensors_index
 from sparktune.training.model import train_everything
 from sparktune.training.tower import TextTower
-from sparktune.training.weights import check_checkpoint, check_tied_head, checkpoint_names
+from sparktune.training.weights import check_checkpoint, check_tied_head, checkpoint_names, names_by_file
 
 __all__ = ["build_sharded", "load_sharded"]
 
@@ -91,20 +91,20 @@ def load_sharded(model: TextTower, model_dir: Path, spec: ModelSpec) -> None:
     names = checkpoint_names(index, spec)
     check_checkpoint(model_dir, spec, index, names)
     slots, parameters = model.slots(), dict(model.named_parameters())
-    for name, there in names.items():
-        slot = slots[name]
-        parameter = parameters[slot.parameter]
-        if not isinstance(parameter, DTensor):
-            with safe_open(index[there], framework="pt") as file:
-                slot.of(parameter).copy_(file.get_tensor(there))
-            continue
-        first, last = _rows_here(parameter)
-        begin, end = max(first, slot.rows.start), min(last, slot.rows.stop)
-        if begin >= end:
-            continue
-        with safe_open(index[there], framework="pt") as file:
-            rows = file.get_slice(there)[begin - slot.rows.start : end - slot.rows.start]
-        # Through the compute type, as one process loads it: a float32 checkpoint trained in bfloat16 starts rounded.
-        local = parameter.to_local()[begin - first : end - first]
-        local.copy_(rows.to(model.dtype).view(local.shape))
+    for path, held in names_by_file(index, names).items():
+        with safe_open(path, framework="pt") as file:
+            for name in held:
+                slot, there = slots[name], names[name]
+                parameter = parameters[slot.parameter]
+                if not isinstance(parameter, DTensor):
+                    slot.of(parameter).copy_(file.get_tensor(there))
+                    continue
+                first, last = _rows_here(parameter)
+                begin, end = max(first, slot.rows.start), min(last, slot.rows.stop)
+                if begin >= end:
+                    continue
+                rows = file.get_slice(there)[begin - slot.rows.start : end - slot.rows.start]
+                # Through the compute type, as one process loads it: a float32 base trained in bfloat16 starts rounded.
+                local = parameter.to_local()[begin - first : end - first]
+                local.copy_(rows.to(model.dtype).view(local.shape))
     check_tied_head(spec, model_dir, index, names, model.dtype)

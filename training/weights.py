@@ -17,7 +17,9 @@ from sparktune.setup.plan.weights import safetensors_header, safetensors_index, 
 from sparktune.training.quantised import put_stored
 from sparktune.training.tower import TextTower
 
-__all__ = ["check_checkpoint", "check_tied_head", "checkpoint_names", "export_weights", "load_weights"]
+__all__ = [
+    "check_checkpoint", "check_tied_head", "checkpoint_names", "export_weights", "load_weights", "names_by_file",
+]
 
 IGNORED_PREFIXES = ("mtp.", "model.visual.", "visual.")
 """Of Qwen3.5: the MTP head and the vision tower, which text training neither reads nor changes."""
@@ -35,6 +37,19 @@ def checkpoint_names(index: Mapping[str, Path], spec: ModelSpec) -> dict[str, st
         name: prefix + name.removeprefix("model.") if name.startswith("model.") else name
         for name in text_tower_shapes(spec)
     }
+
+
+def names_by_file(index: Mapping[str, Path], names: Mapping[str, str]) -> dict[Path, list[str]]:
+    """Returns file -> names in the text layout of the tensors in it: each file is opened once.
+
+    Args:
+        index: name in the checkpoint -> file.
+        names: from `checkpoint_names`.
+    """
+    found: dict[Path, list[str]] = {}
+    for name, there in names.items():
+        found.setdefault(index[there], []).append(name)
+    return found
 
 
 def _listed(names: list[str]) -> str:
@@ -113,11 +128,8 @@ def load_weights(
     check_checkpoint(model_dir, spec, index, names)
     slots, parameters = model.slots(), dict(model.named_parameters())
     assert slots.keys() == names.keys(), "the model and text_tower_shapes describe the same tensors"
-    by_file: dict[Path, list[str]] = {}
     stored: dict[str, dict[str, StoredRows]] = {}
-    for name, there in names.items():
-        by_file.setdefault(index[there], []).append(name)
-    for path, held in by_file.items():
+    for path, held in names_by_file(index, names).items():
         with safe_open(path, framework="pt") as file:
             for name in held:
                 slot, value = slots[name], file.get_tensor(names[name])

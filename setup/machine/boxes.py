@@ -30,7 +30,7 @@ from sparktune.setup.machine.docker_backend import (
     rdma_devices,
     source_of,
 )
-from sparktune.setup.machine.engine import create_container, start_container
+from sparktune.setup.machine.engine import ENGINE_GONE, create_container, start_container
 from sparktune.setup.machine.inventory import known_files
 from sparktune.setup.machine.peers import Peer, answering, look, make_folders, reach, send_files, send_image
 from sparktune.setup.plan.errors import ExitCode, PreflightError, UsageError
@@ -146,8 +146,7 @@ class _Part:
             self.code = 137
         except Exception as error:
             if not self.far:
-                raise PreflightError("The Docker engine went away while a stage ran. Start it (sudo systemctl start "
-                                     "docker) and resume.") from error
+                raise PreflightError(ENGINE_GONE) from error
 
     def signal(self, name: str) -> None:
         """Sends a signal; one that has ended needs none."""

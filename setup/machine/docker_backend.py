@@ -16,6 +16,7 @@ from typing import Any, Literal
 from sparktune.setup.machine.backends import MODULES, TRAINING, StopSignals, program_root
 from sparktune.setup.machine.detect import nvidia_gpus
 from sparktune.setup.machine.engine import (
+    ENGINE_GONE,
     INFINIBAND,
     connect,
     create_container,
@@ -427,9 +428,7 @@ class DockerBackend:
                 if error.status_code != 409:  # it ended between the look and the signal
                     raise
             except OSError as error:
-                raise PreflightError(
-                    "The Docker engine went away while a stage ran. Start it (sudo systemctl start docker) and resume."
-                ) from error
+                raise PreflightError(ENGINE_GONE) from error
             on_poll()
             time.sleep(_POLL_S)
 

@@ -10,10 +10,11 @@ from typing import Any
 from sparktune.setup.plan.errors import PreflightError
 
 __all__ = [
-    "ENGINE_TIMEOUT_S", "INFINIBAND", "alive", "connect", "create_container", "network_for_downloads",
+    "ENGINE_GONE", "ENGINE_TIMEOUT_S", "INFINIBAND", "alive", "connect", "create_container", "network_for_downloads",
     "refuse_other_ids", "start_container",
 ]
 
+ENGINE_GONE = "The Docker engine went away while a stage ran. Start it (sudo systemctl start docker) and resume."
 INFINIBAND = "/dev/infiniband"
 ENGINE_TIMEOUT_S = 60
 _DEFAULT = "unix:///var/run/docker.sock"

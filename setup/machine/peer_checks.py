@@ -17,7 +17,7 @@ from sparktune.setup.machine.docker_backend import container_base
 from sparktune.setup.machine.engine import connect, create_container, start_container
 from sparktune.setup.machine.peers import Peer, look, reach
 from sparktune.setup.plan.errors import PreflightError
-from sparktune.setup.plan.links import Interface, interface_of
+from sparktune.setup.plan.links import MEASURED, Interface, interface_of
 from sparktune.setup.plan.schema import Plan
 
 __all__ = ["bandwidth_check", "peer_checks"]
@@ -29,8 +29,6 @@ _SLOW_MEGABITS = 10_000
 _SHARE = {"nccl": 0.6, "gloo": 0.05}
 """Of the interface's speed, what a sum should reach at least: NCCL over RDMA, gloo over one TCP stream."""
 _MEASURE_S = 240.0
-_MARK = "sparktune-link: "
-"""Of training/linktest.py."""
 
 
 def _image(client: Any, name: str) -> str | None:
@@ -211,7 +209,7 @@ def _answer(containers: list[Any]) -> dict[str, Any]:
             break
         time.sleep(0.5)
     said = [container.logs().decode("utf-8", "replace") for container in containers]
-    lines = [line.partition(_MARK)[2] for line in said[0].splitlines() if _MARK in line]
+    lines = [line.partition(MEASURED)[2] for line in said[0].splitlines() if MEASURED in line]
     if not lines:
         raise PreflightError("The link should have been measured by a container on each machine; they said: "
                              + " | ".join(text.strip()[-300:] for text in said))

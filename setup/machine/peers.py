@@ -12,7 +12,7 @@ import re
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +218,24 @@ def _lets_in(address: str) -> bool:
         return False
 
 
+def _told(
+    chunks: Iterable[bytes], total: int, what: str, on_event: OnEvent, should_stop: Callable[[], bool]
+) -> Iterator[bytes]:
+    """Yields what is sent, chunk by chunk, and says how far it is.
+
+    Raises:
+        Cancelled: `should_stop` said so.
+    """
+    done, begun = 0, time.monotonic()
+    for chunk in chunks:
+        if should_stop():
+            raise Cancelled(f"Sending {what} was stopped.")
+        done += len(chunk)
+        on_event({"kind": "progress", "phase": f"sending {what}", "done": min(done, total), "total": total,
+                  "unit": "bytes", "elapsed_s": round(time.monotonic() - begun, 1)})
+        yield chunk
+
+
 # -- the image
 
 
@@ -244,20 +262,10 @@ def send_image(
     with suppress(ImageNotFound):
         if theirs.images.get(tag).id == image.id:
             return False
-    total, done, begun = int(image.attrs["Size"]), 0, time.monotonic()
-
-    def chunks() -> Iterator[bytes]:
-        nonlocal done
-        for chunk in image.save(chunk_size=_CHUNK, named=tag):
-            if should_stop():
-                raise Cancelled(f"Sending the image to {host} was stopped.")
-            done += len(chunk)
-            on_event({"kind": "progress", "phase": f"sending the image to {host}", "done": min(done, total),
-                      "total": total, "unit": "bytes", "elapsed_s": round(time.monotonic() - begun, 1)})
-            yield chunk
-
+    sent = _told(image.save(chunk_size=_CHUNK, named=tag), int(image.attrs["Size"]), f"the image to {host}", on_event,
+                 should_stop)
     try:
-        list(theirs.api.load_image(chunks()) or ())
+        list(theirs.api.load_image(sent) or ())
         arrived = theirs.images.get(tag).id
     except (APIError, ImageNotFound) as error:
         raise PreflightError(f"The engine of {host} would not take the image {tag}: {error}") from error
@@ -337,20 +345,9 @@ def send_files(
     from docker.errors import APIError
 
     total = sum((root / name).stat(follow_symlinks=not is_link).st_size for name, is_link in names.items())
-    done, begun = 0, time.monotonic()
-
-    def chunks() -> Iterator[bytes]:
-        nonlocal done
-        for chunk in tar_stream(root, names, peer.uid, peer.gid):
-            if should_stop():
-                raise Cancelled(f"Sending {root} to {peer.host} was stopped.")
-            done += len(chunk)
-            on_event({"kind": "progress", "phase": f"sending {root} to {peer.host}", "done": min(done, total),
-                      "total": total, "unit": "bytes", "elapsed_s": round(time.monotonic() - begun, 1)})
-            yield chunk
-
+    sent = _told(tar_stream(root, names, peer.uid, peer.gid), total, f"{root} to {peer.host}", on_event, should_stop)
     try:
-        container.put_archive(str(root), chunks())
+        container.put_archive(str(root), sent)
     except APIError as error:
         raise PreflightError(f"{peer.host} would not take the files of {root}: {error.explanation or error}") from error
 

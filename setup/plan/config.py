@@ -28,14 +28,15 @@ from sparktune.setup.plan.template import SECTIONS, read_template
 from sparktune.setup.plan.trainable import refuse_ranks
 from sparktune.setup.plan.untrusted import excerpt
 
-__all__ = ["ENV_PREFIX", "load_plan", "read_config", "resolve", "save_plan"]
+__all__ = ["ENV_PREFIX", "SAID", "load_plan", "read_config", "resolve", "save_plan"]
 
 ENV_PREFIX = "SPARKTUNE_"
 _SHOWN_KEYS = 10
 _SHOWN_CHARACTERS = 80
 _BOOKKEEPING = ("schema_version", "origins", "ranks", "kernels")
 _PATHS = ("data", "eval_data", "resume_from_checkpoint", "results", "output")
-_LAYERS: tuple[Origin, ...] = ("flag", "environment", "config", "saved")
+SAID: tuple[Origin, ...] = ("flag", "environment", "config", "saved")
+"""Origins of a value that somebody said, from first to last; what follows from data or machine has others."""
 
 
 class _PlainYAML(yaml.SafeLoader):
@@ -359,7 +360,7 @@ def resolve(
     }
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
-    for origin in _LAYERS:
+    for origin in SAID:
         layer = {f: _coerced(f, v) for f, v in layers[origin].items() if v is not None and f not in _BOOKKEEPING}
         _expand(layer, origin)
         for field, value in layer.items():

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from sparktune.setup.plan.errors import PreflightError
 
-__all__ = ["Interface", "Route", "address_of", "interface_of", "interface_to", "routes"]
+__all__ = ["MEASURED", "Interface", "Route", "address_of", "interface_of", "interface_to", "routes"]
 
+MEASURED = "sparktune-link: "
+"""Begins the line in which training/linktest.py says what a link carries; the doctor looks for it."""
 _UP = 0x1
 _ROUTES = Path("/proc/net/route")
 _INTERFACES = Path("/sys/class/net")

@@ -374,7 +374,7 @@ def _spread_bytes(plan: Plan, spec: ModelSpec, e: int, state: float) -> tuple[fl
 
     Gradients are kept whole, in four bytes, until the last micro-batch of a step: sent once a step, not once a pass.
     """
-    ends = spec.vocab_size * spec.hidden_size * (1 if spec.tie_word_embeddings else 2)
+    ends = spec.end_parameters
     block = (spec.parameters - ends) / spec.num_layers
     several = (plan.gradient_accumulation or plan.processes + 1) > plan.processes
     gradients = spec.parameters * 4.0 if several else (2 * block + ends) * 4

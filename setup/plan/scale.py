@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from sparktune.setup.plan.memory import adapter_parameters
 from sparktune.setup.plan.schema import ModelSpec, Plan
 
-__all__ = ["Link", "Traffic", "step_seconds", "traffic"]
+__all__ = ["BUCKET_BYTES", "Link", "Traffic", "step_seconds", "traffic"]
 
-_BUCKET_BYTES = 64 * 2**20
-"""Of training/distributed.py: gradients summed at a time."""
+BUCKET_BYTES = 64 * 2**20
+"""Gradients summed at a time: large enough for the link's full speed, small beside what a step keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,11 @@ def traffic(plan: Plan, spec: ModelSpec, ranks: int, passes: int, *, gloo: bool 
     share = (ranks - 1) / ranks
     if plan.mode != "full":
         payload = 4.0 * adapter_parameters(spec, plan.lora_r or 16, plan.target_modules)
-        buckets = math.ceil(payload / _BUCKET_BYTES)
+        buckets = math.ceil(payload / BUCKET_BYTES)
         return Traffic(gathered=0.0, summed=2 * share * payload, messages=2 * (ranks - 1) * buckets)
     width = 4 if plan.dtype == "float32" else 8 if plan.dtype == "float64" else 2
     # Blocks forward and backward; embedding and head stay between the two.
-    ends = spec.vocab_size * spec.hidden_size * (1 if spec.tie_word_embeddings else 2)
+    ends = spec.end_parameters
     gathered = share * width * passes * (2 * (spec.parameters - ends) + ends)
     wide = max(4, width)
     messages = (ranks - 1) * (spec.num_layers + 1) * (2 * passes + 1)

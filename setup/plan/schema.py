@@ -313,6 +313,11 @@ class ModelSpec(_Strict):
         """Key prefix of the text tower in the checkpoint."""
         return "model.language_model." if self.multimodal else "model."
 
+    @property
+    def end_parameters(self) -> int:
+        """Parameters of the model's two ends, embedding and output projection, counted once when tied."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
 
 class RowProblem(_Strict):
     """One unusable row."""

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from sparktune.training.linktest import MARK
+from sparktune.setup.plan.links import MEASURED
 
 
 @pytest.mark.slow
@@ -22,7 +22,7 @@ def test_two_processes_measure_what_is_between_them() -> None:
     first = subprocess.run([*argv, f"0/{meeting}"], capture_output=True, text=True, timeout=200, check=False)
     assert other.communicate(timeout=60)[0] == ""
     assert first.returncode == other.returncode == 0, first.stderr[-2000:]
-    answer = json.loads(first.stdout.removeprefix(MARK))
+    answer = json.loads(first.stdout.removeprefix(MEASURED))
     assert (answer["backend"], answer["interface"], answer["ranks"]) == ("gloo", "lo", 2)
     assert answer["bytes_per_s"] > 1e6
     assert answer["times"] >= 3

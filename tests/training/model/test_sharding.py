@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -17,6 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from sparktune.kernels.select import reference_ops
 from sparktune.setup.plan.models import probe
 from sparktune.setup.plan.schema import Plan
+from sparktune.training import sharding
 from sparktune.training.distributed import World
 from sparktune.training.moments import TorchMoments
 from sparktune.training.native_engine import NativeEngine
@@ -50,6 +53,32 @@ def test_bfloat16_is_the_whole_towers_bit_for_bit(
         expected = build(folder, torch.bfloat16).loss_sum(batch)
     assert seen == [(torch.float32, torch.float32)]
     assert loss == expected
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_file_of_the_base_is_opened_once(
+    oracles: Callable[[str], tuple[Any, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may hold hundreds of tensors, and lie on a disk that answers over a network."""
+    folder = oracles("qwen3")[1]
+    spec, tensors = probe(str(folder)), load_file(folder / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, tmp_path / file)
+    index = {name: file for file, held in parts.items() for name in held}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    opened: list[str] = []
+    real = sharding.safe_open
+    monkeypatch.setattr(sharding, "safe_open", lambda path, **how: opened.append(path.name) or real(path, **how))
+    whole, split = (build_sharded(spec, reference_ops(), torch.float32, torch.device("cpu"), 1) for _ in range(2))
+    load_sharded(whole, folder, spec)
+    opened.clear()
+    load_sharded(split, tmp_path, spec)
+    assert sorted(opened) == list(parts)
+    ref = dict(whole.named_parameters())
+    assert all(torch.equal(p, ref[name]) for name, p in split.named_parameters())
 
 
 @pytest.mark.usefixtures("group_of_one")
