@@ -36,6 +36,7 @@ __all__ = [
     "check_room",
     "check_same_run",
     "checkpoints_of",
+    "holds",
     "load_engine_state",
     "load_loop_state",
     "newest_valid",
@@ -257,11 +258,11 @@ def checkpoints_of(run_root: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def validate(checkpoint: Path) -> None:
-    """Compares a checkpoint with its manifest, byte for byte.
+def _promised(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    """Returns file -> (size, sha256), as a checkpoint's manifest has them.
 
     Raises:
-        CheckpointDamaged: names the first file that is missing, truncated or changed.
+        CheckpointDamaged: there is no manifest of a checkpoint.
     """
     manifest_path = checkpoint / "manifest.json"
     if not manifest_path.is_file():
@@ -277,6 +278,16 @@ def validate(checkpoint: Path) -> None:
         raise CheckpointDamaged(f"{manifest_path} is damaged: it is not the manifest of a checkpoint.") from error
     if version != FORMAT:
         raise CheckpointDamaged(f"{checkpoint} has format {version}; this version reads format {FORMAT}.")
+    return files
+
+
+def validate(checkpoint: Path) -> None:
+    """Compares a checkpoint with its manifest, byte for byte.
+
+    Raises:
+        CheckpointDamaged: names the first file that is missing, truncated or changed.
+    """
+    manifest_path, files = checkpoint / "manifest.json", _promised(checkpoint)
     for needed in ("engine.safetensors", "rng.safetensors", "loop.json"):
         if needed not in files:
             raise CheckpointDamaged(f"{manifest_path} is damaged: it does not list {needed}.")
@@ -291,6 +302,19 @@ def validate(checkpoint: Path) -> None:
             raise CheckpointDamaged(f"{checkpoint} is damaged: {name} has {seen} bytes, {size} were written.")
         if _sha256(path) != digest:
             raise CheckpointDamaged(f"{checkpoint} is damaged: the content of {name} changed after it was written.")
+
+
+def holds(checkpoint: Path, result: Path) -> bool:
+    """Says whether a trained result is, byte for byte, the one that a checkpoint has under the same name.
+
+    Raises:
+        CheckpointDamaged: the checkpoint has no manifest.
+    """
+    files = {name: facts for name, facts in _promised(checkpoint).items() if name.startswith(f"{result.name}/")}
+    return bool(files) and all(
+        (path := result.parent / name).is_file() and path.stat().st_size == size and _sha256(path) == digest
+        for name, (size, digest) in files.items()
+    )
 
 
 def _within(name: str) -> bool:

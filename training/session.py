@@ -40,6 +40,7 @@ from sparktune.training.decisions import (
 )
 from sparktune.training.distributed import Members, RankLost, World, is_collective
 from sparktune.training.engine_choice import Choice
+from sparktune.training.finished import finished_result
 from sparktune.training.gpu_lock import hold_gpu
 from sparktune.training.heard import heard_plan, heard_resume_point, heard_state
 from sparktune.training.loop import TrainingLoop
@@ -165,7 +166,7 @@ def _train(
 ) -> None:
     """The whole session of one rank: rank 0 reads the command line and decides, the others hear of it."""
     world.join()
-    request = run = None
+    request = run = found = None
     if world.leads:
         before = world.recall()  # the run of the ranks that torchrun started before these
         request = open_request(flags, config, env) if before is None else open_request(
@@ -190,11 +191,14 @@ def _train(
         plan = decide_plan(as_adapter_says(plan), spec, data, device, events)
         refuse_unsupported(plan, spec, device)
         refuse_ranks(plan, world.size)
+        found = _resume_point(request, plan, run, data, events)
+        if run is not None and world.alone and _is_finished(plan, run, data, *found, events):
+            return
         run, plan = _ready_folder(request, run, plan, spec, data, device, events, log, held)
         world.remember(str(run.root.resolve()))
     plan = heard_plan(world, plan)
     run = run or RunDir(name=str(plan.name), results_root=plan.results, output_root=plan.output)
-    _run(request, plan, spec, model_dir, run, data, tokenizer, device, events, stop, world)
+    _run(found, plan, spec, model_dir, run, data, tokenizer, device, events, stop, world)
     world.leave()
 
 
@@ -225,8 +229,9 @@ def _attach(run: RunDir, events: Narrator, log: list[Path], *, own_log: bool) ->
 
 
 def _run(
-    request: Request | None, plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir, data: PreparedData,
-    tokenizer: ChatTokenizer, device: torch.device, events: Narrator, stop: StopRequest, world: World,
+    found: tuple[Path | None, LoopState] | None, plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir,
+    data: PreparedData, tokenizer: ChatTokenizer, device: torch.device, events: Narrator, stop: StopRequest,
+    world: World,
 ) -> None:
     """Builds model and loop, resumes where there is something to resume, trains to the end."""
     prepare_torch(plan, device)
@@ -234,16 +239,17 @@ def _run(
     if cap is not None:
         events.message(f"GPU and CPU share their memory: this process may take {cap:.1f} GiB of it.")
     with MemoryWatchdog(stop, host_floor_gib(device), host_available_gib):
-        _train_to_end(request, plan, spec, model_dir, run, data, tokenizer, device, events, stop, world)
+        _train_to_end(found, plan, spec, model_dir, run, data, tokenizer, device, events, stop, world)
 
 
 def _train_to_end(
-    request: Request | None, plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir, data: PreparedData,
-    tokenizer: ChatTokenizer, device: torch.device, events: Narrator, stop: StopRequest,
+    found: tuple[Path | None, LoopState] | None, plan: Plan, spec: ModelSpec, model_dir: Path, run: RunDir,
+    data: PreparedData, tokenizer: ChatTokenizer, device: torch.device, events: Narrator, stop: StopRequest,
     world: World,
 ) -> None:
-    found = None if request is None else _resume_point(request, plan, run, data, events)
     checkpoint, state = heard_resume_point(world, found)
+    if world.leads and checkpoint is not None:
+        _set_later_aside(run, checkpoint, state, events)
     loop = assemble(
         plan, spec, model_dir, run, data, tokenizer, device, events, stop, checkpoint=checkpoint, state=state,
         world=world,
@@ -345,12 +351,28 @@ def assemble(
     )
 
 
+def _is_finished(
+    plan: Plan, run: RunDir, data: PreparedData, checkpoint: Path | None, state: LoopState, events: Narrator
+) -> bool:
+    """Says whether there is nothing left to train, and tells it as the end of a training."""
+    found = finished_result(plan, run, data.train, checkpoint, state)
+    if found is None:
+        return False
+    result, holder = found
+    events.emit("artifact", path=str(result), bytes=size_of(result))
+    events.message(f"Trained before: {result}, as {holder.name} has it.")
+    events.emit("end", ok=True)
+    return True
+
+
 def _resume_point(
-    request: Request, plan: Plan, run: RunDir, data: PreparedData, events: Narrator
+    request: Request, plan: Plan, run: RunDir | None, data: PreparedData, events: Narrator
 ) -> tuple[Path | None, LoopState]:
     """Returns the checkpoint to go on from, None for a fresh start, and the loop's state there."""
-    checkpoints.remove_leftovers(run.root)
     maths = maths_of(plan, data)
+    if run is None:
+        return None, LoopState(maths=maths)
+    checkpoints.remove_leftovers(run.root)
     if request.checkpoint is not None:
         checkpoint: Path | None = request.checkpoint
         checkpoints.validate(request.checkpoint)
@@ -360,9 +382,13 @@ def _resume_point(
         return None, LoopState(maths=maths)
     state = checkpoints.load_loop_state(checkpoint)
     checkpoints.check_same_run(state.maths, maths, checkpoint)
+    return checkpoint, state
+
+
+def _set_later_aside(run: RunDir, checkpoint: Path, state: LoopState, events: Narrator) -> None:
+    """Renames checkpoints of steps that will be made again."""
     for later in checkpoints.checkpoints_of(run.root):
         if int(later.name.split("-")[1]) > state.step:
             moved = checkpoints.set_aside(later, "superseded")
             events.message(f"{later.name} belongs to steps that run again; it is now {moved.name}.", "warning")
     events.message(f"Resuming from {checkpoint.name}: step {state.step}, micro-batch {state.position} of the data.")
-    return checkpoint, state

@@ -73,15 +73,20 @@ def steady_tok_per_s(rows: Sequence[dict[str, Any]]) -> float | None:
 def record_training(
     plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine, run: RunDir, seconds: float
 ) -> None:
-    """Remembers the speed of a finished training, and what of its `seconds` it spent on what besides its steps."""
+    """Remembers the speed of a finished training, and what of its `seconds` it spent on what besides its steps.
+
+    One that was over before, on this machine or on another, teaches nothing: its end says nothing of what it spent.
+    """
     rows = read_metrics(run.metrics)
     speed = steady_tok_per_s(rows)
-    if speed is None or plan.engine == "auto" or plan.mode == "auto":
+    ends = [row for row in read_metrics(run.stage_events("train")) if row.get("kind") == "end"]
+    spent = ends[-1].get("spent") if ends else {}
+    if spent is None or speed is None or plan.engine == "auto" or plan.mode == "auto":
         return
     flop = training_flop(plan, spec, document=report.lengths.mean, supervised_share=report.supervised_share)
     flop /= filled_share(plan, report)  # a GPU computes the padding too
     book = load_book()
-    book.paces += _besides(plan, spec, report, machine, run, seconds, rows, speed)
+    book.paces += _besides(plan, spec, report, machine, seconds, rows, speed, spent)
     book.speeds.append(Speed(
         chip=chip_of(machine), engine=plan.engine, mode=plan.mode, dtype=plan.dtype, recompute=plan.recompute_choice,
         parameters=spec.parameters, flop_per_s=speed * flop / chips_of(plan), source="own",
@@ -92,15 +97,13 @@ def record_training(
 
 
 def _besides(
-    plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine, run: RunDir, seconds: float,
-    rows: Sequence[dict[str, Any]], speed: float,
+    plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine, seconds: float,
+    rows: Sequence[dict[str, Any]], speed: float, spent: dict[str, list[float]],
 ) -> list[Pace]:
     """What a training did besides its steps, with the work each took; nothing of a resumed run, whose parts differ."""
     steps = [row for row in rows if row.get("tok_per_s") and row.get("tokens") and row.get("step")]
-    ends = [row for row in read_metrics(run.stage_events("train")) if row.get("kind") == "end" and row.get("spent")]
-    if len(steps) != steps[-1]["step"] or not ends:
+    if len(steps) != steps[-1]["step"] or not spent:
         return []
-    spent: dict[str, list[float]] = ends[-1]["spent"]
     start_s = seconds - sum(row["tokens"] for row in steps) / speed - sum(took for _, took in spent.values())
     planned = training_work(plan, spec, report, len(steps), checkpoint_bytes(plan, spec))
     chip, took = chip_of(machine), {name: float(s) for name, (_, s) in spent.items()}

@@ -176,6 +176,45 @@ def test_full_fine_tuning_resumes_exactly(
     assert_same_end(results / "whole", results / "killed")
 
 
+@pytest.mark.parametrize("patience", [None, 1])
+def test_a_run_that_is_trained_is_finished_where_its_training_would_not_fit(
+    patience: int | None, session: Session, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `./run.sh resume` does with what torchrun trained on more GPUs than there are here: its stage is over."""
+    run = tmp_path / "results" / "run"
+    full = [*flags, "--mode", "full", "--lora-dropout", "0", "--learning-rate", "1e-4", "--max-steps", "6"]
+    if patience is not None:  # ends at the second evaluation, and gives the one at step 0 back
+        full += ["--learning-rate", "1", "--eval-steps", "2", "--save-steps", "2", "--early-stopping", str(patience)]
+    assert session(*full, "--name", "run")[0] == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.suffix in
+              (".jsonl", ".safetensors", ".yaml")}
+    small = training_session.measure_machine(torch.device("cpu")).model_copy(update={"memory_gib": 0.01})
+
+    def stage() -> tuple[int, str, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(training_session, "measure_machine", lambda device: small)
+            return session("--config", str(run / "plan.yaml"))
+
+    code, out, err = stage()
+    assert code == 0, err
+    assert re.search(rf"Trained before: {run / 'weights'}, as checkpoint-\d has it", out)
+    assert {path: path.read_bytes() for path in before} == before
+    ends = [json.loads(line) for line in (run / "stages" / "train.ndjson").read_text().splitlines()][-1]
+    assert (ends["kind"], ends["ok"]) == ("end", True)
+
+    # another result than the checkpoint's, or none: it is made anew, for which the model is needed
+    (trained,) = (run / "weights").glob("*.safetensors")
+    trained.write_bytes(trained.read_bytes()[:-1] + b"!")
+    code, _, err = stage()
+    assert code == 5
+    assert "GiB is there" in err
+    assert session("--config", str(run / "plan.yaml"))[0] == 0
+    assert trained.read_bytes() == before[trained]
+    newest = checkpoints_of(run)[0]
+    newest.rename(newest.with_name(f"{newest.name}.away"))
+    assert stage()[0] == 5, "there are steps to be made"
+
+
 def test_what_a_resume_refuses_and_repairs(
     session: Session, flags: list[str], tmp_path: Path
 ) -> None:

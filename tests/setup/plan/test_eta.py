@@ -219,5 +219,10 @@ def test_the_book_remembers_and_survives_damage(tmp_path: Path, monkeypatch: pyt
     assert found["train: saves"][1] == 22.0
     assert "train: evaluation" not in found  # nothing was held out
     assert found["merge"][1] == 12.0
+    # resumed when it was over, perhaps on another machine than the one that trained: nothing was seen of this one
+    with run.stage_events("train").open("a") as events:
+        events.write("\n" + json.dumps({"kind": "end", "ok": True}) + "\n")
+    speedbook.record_training(plan, _spec(), _report(), CPU, run, 3.0)
+    assert speedbook.load_book() == book
     (tmp_path / "sparktune" / "speeds" / "speeds.json").write_text("{broken")
     assert speedbook.load_book().speeds == []
