@@ -1,6 +1,7 @@
 """How true a plan's time is before the start, and after a rehearsal: predictions against whole runs.
 
-usage: python -m sparktune.lab.eta_check [--device cuda] [--model tiny|0.8B|FOLDER] [--target-s 70] [--csv FILE]
+usage: python -m sparktune.lab.eta_check [--device cuda] [--model tiny|0.8B|FOLDER] [--only lora|full]
+           [--target-s 70] [--csv FILE]
 
 First the machine is calibrated: short runs of each method and length, which only teach. Then each case gets a data set
 of its own (chat rows, seeded), as many steps as should take about `--target-s` seconds, an estimate from what the
@@ -87,17 +88,20 @@ _CPU = (
     Case(name="lora, long-tailed", rows=300, words=(2, 300),
          plan={"mode": "lora", "pack_length": 640, "gradient_accumulation": 5}),
 )
+# Ten saves of 9 GB in a minute are no user's run: of hours, they are a hundredth.
+_FEW_SAVES = {"save_steps": 10, "eval_steps": 10}
+_SOME_SAVES = {"save_steps": 50, "eval_steps": 25}
 _CUDA = (
     Case(name="teach lora, short", rows=600, words=(5, 120), teaches=True,
-         plan={"mode": "lora", "max_steps": 30, "pack_length": 1024, "gradient_accumulation": 8}),
+         plan={"mode": "lora", "max_steps": 20, "pack_length": 1024, "gradient_accumulation": 8, **_FEW_SAVES}),
     Case(name="teach lora, long", rows=300, words=(200, 1500), teaches=True,
-         plan={"mode": "lora", "max_steps": 25, "pack_length": 6144, "gradient_accumulation": 3}),
+         plan={"mode": "lora", "max_steps": 16, "pack_length": 6144, "gradient_accumulation": 3, **_FEW_SAVES}),
     Case(name="teach full", rows=400, words=(50, 400), teaches=True,
-         plan={"mode": "full", "max_steps": 30, "pack_length": 2048, "gradient_accumulation": 8}),
+         plan={"mode": "full", "max_steps": 20, "pack_length": 2048, "gradient_accumulation": 8, **_FEW_SAVES}),
     Case(name="lora, packs of 4096", rows=600, words=(100, 900),
          plan={"mode": "lora", "pack_length": 4096, "gradient_accumulation": 6}),
     Case(name="full, packs of 2048", rows=600, words=(50, 400),
-         plan={"mode": "full", "pack_length": 2048, "gradient_accumulation": 8}),
+         plan={"mode": "full", "pack_length": 2048, "gradient_accumulation": 8, **_SOME_SAVES}),
     Case(name="lora, short answers, packs of 1024", rows=1500, words=(5, 120),
          plan={"mode": "lora", "lora_r": 16, "pack_length": 1024, "gradient_accumulation": 12}),
     Case(name="lora, unpacked", rows=500, words=(300, 700),
@@ -106,6 +110,8 @@ _CUDA = (
          plan={"mode": "lora", "lora_r": 64, "pack_length": 8192, "gradient_accumulation": 4}),
     Case(name="full, saves and evaluates often", rows=800, words=(50, 400),
          plan={"mode": "full", "pack_length": 4096, "gradient_accumulation": 4, "eval_split": 0.1}),
+    Case(name="full, long answers, packs of 4096", rows=300, words=(500, 2000),
+         plan={"mode": "full", "pack_length": 4096, "gradient_accumulation": 4, **_SOME_SAVES}),
 )
 
 
@@ -261,6 +267,7 @@ def main() -> int:
     parser.add_argument("--target-s", type=float, default=70.0, help="seconds that a run should take")
     parser.add_argument("--limit-s", type=float, default=3600.0, help="start no run that would end later than this")
     parser.add_argument("--last-first", action="store_true", help="judge the last case first: with a limit, the others")
+    parser.add_argument("--only", choices=("lora", "qlora", "full"), help="the cases of one method: they teach each other")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
@@ -269,6 +276,8 @@ def main() -> int:
         os.environ["XDG_CACHE_HOME"] = str(Path(place) / "cache")  # a speed book of its own, that learns as it goes
         bench = Bench(options, Path(place))
         cases = list(enumerate(_CUDA if options.device == "cuda" else _CPU))
+        if options.only:
+            cases = [numbered for numbered in cases if numbered[1].plan["mode"] == options.only]
         if options.last_first:
             cases.sort(key=lambda numbered: (not numbered[1].teaches, -numbered[0]))
         for number, case in cases:

@@ -63,6 +63,8 @@ class Rate(BaseModel):
     high: float
     """Times `flop_per_s`: the fastest that is still expected."""
     reason: str
+    same_shape: bool = False
+    """One of the machine's own runs had documents and micro-batches of this size."""
 
 
 def chip_of(machine: Machine) -> str:
@@ -171,7 +173,8 @@ def rate_for(
         low, high = low * 0.8, high * 1.3
     value = _interpolate(spec.parameters, _by_size(unlike))
     origins = "; ".join(dict.fromkeys(s.origin for s in _nearest(spec.parameters, chosen)))
-    return Rate(flop_per_s=value, low=low, high=high, reason="; ".join([origins, *notes]))
+    same = source == "own" and min(unlike.values()) <= _NEAR
+    return Rate(flop_per_s=value, low=low, high=high, reason="; ".join([origins, *notes]), same_shape=same)
 
 
 def _by_size(unlike: Mapping[Speed, float]) -> list[tuple[float, float]]:

@@ -142,6 +142,24 @@ def test_own_runs_go_before_published_ones_and_err_high_within_a_quarter() -> No
     assert train.low <= true_s <= train.high
 
 
+def test_passes_without_a_graph_take_what_the_host_needs_to_launch_them() -> None:
+    plan = _plan(pack=False, max_steps=100, gradient_accumulation=12, engine="native")
+    packed, unpacked = (
+        estimate(p, _spec("0.8B"), _report(24_000, 200), GB10, stages=("train",)).stages[0]
+        for p in (plan.model_copy(update={"pack": True}), plan)
+    )
+    assert unpacked.parts["steps"] == pytest.approx(100 * 12 * 24 * 3.85e-3)
+    assert "host" in unpacked.reason
+    assert "host" not in packed.reason
+    short = _report(24_000, 200)
+    own = _own("NVIDIA GB10", 4000, plan).model_copy(update={
+        "engine": "native", "parameters": _spec("0.8B").parameters, "document": short.lengths.mean,
+        "micro_tokens": short.lengths.mean,
+    })
+    shown = estimate(plan, _spec("0.8B"), short, GB10, stages=("train",), book=[own]).stages[0]
+    assert "host" not in shown.reason, "what this machine has shown of such passes holds the launches already"
+
+
 def test_a_calibration_replaces_everything() -> None:
     measured = Calibration(steps=15, train_s=1000, low_s=960, high_s=1040, tok_per_s=5, peak_gib=1, device="cuda")
     eta = estimate(_plan(), _spec(), _report(), UNKNOWN, stages=("train",), calibration=measured)
