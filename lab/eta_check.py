@@ -267,7 +267,7 @@ def main() -> int:
     parser.add_argument("--target-s", type=float, default=70.0, help="seconds that a run should take")
     parser.add_argument("--limit-s", type=float, default=3600.0, help="start no run that would end later than this")
     parser.add_argument("--last-first", action="store_true", help="judge the last case first: with a limit, the others")
-    parser.add_argument("--only", choices=("lora", "qlora", "full"), help="the cases of one method: they teach each other")
+    parser.add_argument("--only", choices=("lora", "qlora", "full"), help="cases of one method")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()

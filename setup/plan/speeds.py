@@ -173,8 +173,8 @@ def rate_for(
         low, high = low * 0.8, high * 1.3
     value = _interpolate(spec.parameters, _by_size(unlike))
     origins = "; ".join(dict.fromkeys(s.origin for s in _nearest(spec.parameters, chosen)))
-    same = source == "own" and min(unlike.values()) <= _NEAR
-    return Rate(flop_per_s=value, low=low, high=high, reason="; ".join([origins, *notes]), same_shape=same)
+    shown = source == "own" and min(unlike.values()) <= _NEAR
+    return Rate(flop_per_s=value, low=low, high=high, reason="; ".join([origins, *notes]), same_shape=shown)
 
 
 def _by_size(unlike: Mapping[Speed, float]) -> list[tuple[float, float]]:
