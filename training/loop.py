@@ -115,6 +115,8 @@ class TrainingLoop:
         self.result_name = "weights" if self.plan.mode == "full" else "adapter"
         self.spent = {what: [0.0, 0.0] for what in ("evaluation", "samples", "saves")}
         """What the loop did besides its steps: [how much, seconds]; micro-batches, tokens, folders."""
+        self.first_spent: dict[str, list[float]] = {}
+        """The same of the first of each, which compiles kernels."""
         self._checked = False
         """The gradients of this process's first step have been looked at."""
         self._last_line_s = 0.0
@@ -310,8 +312,10 @@ class TrainingLoop:
             stop_here(self)
 
     def _note_time(self, what: str, how_much: float, began: float) -> None:
+        took = time.perf_counter() - began
+        self.first_spent.setdefault(what, [how_much, took])
         self.spent[what][0] += how_much
-        self.spent[what][1] += time.perf_counter() - began
+        self.spent[what][1] += took
 
     def evaluate(self) -> float | None:
         """Returns the mean cross-entropy over the held-out supervised tokens; None when a stop was asked for."""

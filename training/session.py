@@ -263,7 +263,7 @@ def _train_to_end(
     examine_result(loop, model_dir, events)
     events.emit("artifact", path=str(result), bytes=size_of(result))
     events.message(f"Trained: {result}")
-    events.emit("end", ok=True, spent=loop.spent)
+    events.emit("end", ok=True, spent=loop.spent, first_spent=loop.first_spent)
 
 
 def examine_result(loop: TrainingLoop, model_dir: Path, events: Narrator) -> None:

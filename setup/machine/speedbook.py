@@ -81,12 +81,13 @@ def record_training(
     speed = steady_tok_per_s(rows)
     ends = [row for row in read_metrics(run.stage_events("train")) if row.get("kind") == "end"]
     spent = ends[-1].get("spent") if ends else {}
+    first = ends[-1].get("first_spent") or {} if ends else {}
     if spent is None or speed is None or plan.engine == "auto" or plan.mode == "auto":
         return
     flop = training_flop(plan, spec, document=report.lengths.mean, supervised_share=report.supervised_share)
     flop /= filled_share(plan, report)  # a GPU computes the padding too
     book = load_book()
-    book.paces += _besides(plan, spec, report, machine, seconds, rows, speed, spent)
+    book.paces += _besides(plan, spec, report, machine, seconds, rows, speed, spent, first)
     book.speeds.append(Speed(
         chip=chip_of(machine), engine=plan.engine, mode=plan.mode, dtype=plan.dtype, recompute=plan.recompute_choice,
         parameters=spec.parameters, flop_per_s=speed * flop / chips_of(plan), source="own",
@@ -98,12 +99,16 @@ def record_training(
 
 def _besides(
     plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine, seconds: float,
-    rows: Sequence[dict[str, Any]], speed: float, spent: dict[str, list[float]],
+    rows: Sequence[dict[str, Any]], speed: float, spent: dict[str, list[float]], first: dict[str, list[float]],
 ) -> list[Pace]:
-    """What a training did besides its steps, with the work each took; nothing of a resumed run, whose parts differ."""
+    """What a training did besides its steps, with the work each took; nothing of a resumed run, whose parts differ.
+
+    What the first evaluation, sample and save took longer than the others counts as the start: they compile kernels.
+    """
     steps = [row for row in rows if row.get("tok_per_s") and row.get("tokens") and row.get("step")]
     if len(steps) != steps[-1]["step"] or not spent:
         return []
+    spent = {name: [done, took - _compiling(done, took, first.get(name))] for name, (done, took) in spent.items()}
     start_s = seconds - sum(row["tokens"] for row in steps) / speed - sum(took for _, took in spent.values())
     planned = training_work(plan, spec, report, len(steps), checkpoint_bytes(plan, spec))
     chip, took = chip_of(machine), {name: float(s) for name, (_, s) in spent.items()}
@@ -113,6 +118,14 @@ def _besides(
         Pace(stage=f"train: {name}", chip=chip, work=amount, seconds=round(s, 2))
         for name, amount, s in parts if amount > 0 and s > 0
     ]
+
+
+def _compiling(done: float, took: float, first: Sequence[float] | None) -> float:
+    """Returns the seconds that the first of several took longer than as much of the others."""
+    if not first or not 0 < first[0] < done:
+        return 0.0
+    usual = (took - first[1]) / (done - first[0]) * first[0]
+    return max(0.0, first[1] - usual)
 
 
 def record_pace(

@@ -203,10 +203,10 @@ def _besides(work: Mapping[str, float], paces: Sequence[Pace], chip: str, rate: 
         own = [p for p in paces if p.stage == name and p.chip == chip and p.work > 0]
         if not own or not work[name]:
             seconds[name] = guess
-        elif name == "train: start":  # most of it does not grow with the weights
+        elif name == "train: start":
+            # Most of it does not grow with the weights; the newest, for a machine's first runs compiled kernels.
             nearest = min(abs(math.log(p.work / work[name])) for p in own)
-            alike = [p.seconds for p in own if abs(math.log(p.work / work[name])) <= nearest + 1e-9][-3:]
-            seconds[name] = sum(alike) / len(alike)
+            seconds[name] = [p.seconds for p in own if abs(math.log(p.work / work[name])) <= nearest + 1e-9][-1]
         else:
             recent = own[-5:]
             seconds[name] = work[name] * sum(p.seconds for p in recent) / sum(p.work for p in recent)

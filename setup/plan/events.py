@@ -20,7 +20,7 @@ EventKind = Literal[
     "message",   # level (info | warning | error), text
     "choice",    # what, chosen, reason: every automatic decision, said once
     "artifact",  # path, bytes
-    "end",       # ok, seconds; of training: spent (TrainingLoop.spent)
+    "end",       # ok, seconds; of training: spent, first_spent (TrainingLoop)
 ]
 
 

@@ -223,9 +223,12 @@ def test_the_book_remembers_and_survives_damage(tmp_path: Path, monkeypatch: pyt
     plan = _plan(device="cpu", dtype="float32", engine="native", recompute="none")
     rows = [f'{{"step": {i}, "tokens": 1000, "tok_per_s": {100 if i < 4 else 500}}}' for i in range(1, 21)]
     run.metrics.write_text("\n".join(rows))
-    spent = {"evaluation": [0, 0.0], "samples": [640, 8.0], "saves": [11, 22.0]}
+    # the first of eleven saves took two seconds like the others, the first of ten answers compiled for nine seconds
+    spent = {"evaluation": [0, 0.0], "samples": [640, 17.0], "saves": [11, 22.0]}
+    first = {"samples": [64, 9.8], "saves": [1, 2.0]}
     run.stage_events("train").parent.mkdir()
-    run.stage_events("train").write_text(json.dumps({"kind": "end", "ok": True, "spent": spent}))
+    end = {"kind": "end", "ok": True, "spent": spent, "first_spent": first}
+    run.stage_events("train").write_text(json.dumps(end))
     speedbook.record_training(plan, _spec(), _report(), CPU, run, 100.0)
     speedbook.record_pace("merge", 12.0, plan, _spec(), _report(), CPU)
     book = speedbook.load_book()
