@@ -172,8 +172,8 @@ def environment_of(network: bool) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(home / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
         "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
     }
-    # how much of a shared machine the user gave us; what NCCL tells of its way; which hub
-    for name in ("OMP_NUM_THREADS", "NCCL_DEBUG", *(("HF_ENDPOINT",) if network else ())):
+    # how much of a shared machine the user gave us; what NCCL tells of its way; which hub, and whether to ask it
+    for name in ("OMP_NUM_THREADS", "NCCL_DEBUG", *(("HF_ENDPOINT", "HF_HUB_OFFLINE") if network else ())):
         if value := os.environ.get(name):
             found[name] = value
     return found if network else {**found, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

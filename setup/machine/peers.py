@@ -111,6 +111,10 @@ def _give_ssh_a_deadline() -> None:
                 stderr=subprocess.DEVNULL, start_new_session=True,
             )
 
+        def close(self) -> None:
+            with suppress(OSError):  # its last words to a machine that went away
+                super().close()
+
     sshconn.SSHSocket = PatientSocket
 
 

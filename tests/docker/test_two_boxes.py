@@ -6,6 +6,7 @@ only the kernel and the installed programs are shared. The link between them is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -131,6 +132,19 @@ class FarBox:
         subprocess.run(["ip", "netns", "del", self.name], check=False)
 
 
+def in_the_hubs_cache(model: Path, home: Path) -> None:
+    """Lays a model into a user's hub cache as a download would: blobs, and a snapshot of links to them."""
+    repository, commit = home / ".cache" / "huggingface" / "hub" / "models--acme--tiny", "0" * 40
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    for path in model.iterdir():
+        blob = repository / "blobs" / hashlib.sha256(path.name.encode()).hexdigest()
+        shutil.copyfile(path, blob)
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    (repository / "refs" / "main").write_text(commit)
+
+
 @pytest.fixture(scope="module")
 def boxes(engine: Any) -> Iterator[FarBox]:
     """The second box, and a person's folder on the first one."""
@@ -148,6 +162,7 @@ def boxes(engine: Any) -> Iterator[FarBox]:
             for path in ("home", "work"):
                 (Path(person) / path).mkdir()
             make_model(Path(person) / "work" / "model")
+            in_the_hubs_cache(Path(person) / "work" / "model", Path(person) / "home")
             write_smoke(Path(person) / "work" / "smoke.jsonl")
             subprocess.run(["chown", "-R", f"{ALICE[0]}:{ALICE[1]}", person], check=True)
             box.start()
@@ -161,7 +176,7 @@ def start(boxes: FarBox, engine: Any, *arguments: str) -> subprocess.Popen[str]:
     """Starts ./run.sh on the first box, as alice."""
     home = boxes.person / "home"
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "DOCKER_HOST": engine.host, "CI": "true",
-           "OMP_NUM_THREADS": "1"}
+           "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # no hub can be reached from here: its cache stands for it
     rights = "+dac_read_search"
     return subprocess.Popen(
         ["unshare", "--mount", "--propagation", "private", "sh", "-c",
@@ -217,8 +232,10 @@ def test_a_run_on_both_boxes_is_the_run_of_one(boxes: FarBox, engine: Any) -> No
 
 
 def test_one_ctrl_c_stops_both_and_resume_goes_on_with_both(boxes: FarBox, engine: Any) -> None:
+    """With a base of the hub, which the second box gets from the first."""
     run = boxes.person / "work" / "results" / "stopped"
-    process = start(boxes, engine, *ONE_RUN, "--epochs", "60", "--save-steps", "500", "--name", "stopped",
+    of_the_hub = ("acme/tiny" if word == "model" else word for word in ONE_RUN)
+    process = start(boxes, engine, *of_the_hub, "--epochs", "60", "--save-steps", "500", "--name", "stopped",
                     "--peers", PEER)
     deadline = time.monotonic() + 900
     while '"step": 5,' not in ((run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").is_file() else ""):
@@ -232,6 +249,7 @@ def test_one_ctrl_c_stops_both_and_resume_goes_on_with_both(boxes: FarBox, engin
     assert boxes.engine.idle()
     log = (run / "log.txt").read_text(encoding="utf-8", errors="replace")
     assert f"The ranks on {PEER} ended with exit code 75." in log
+    assert "Fetching acme/tiny from the hub, for all machines." in log
     assert list(run.glob("checkpoint-*"))
     code, said = finish(start(boxes, engine, "--plain", "--non-interactive", "resume", "stopped"))
     assert code == 0, said[-4000:]

@@ -17,7 +17,7 @@ import pytest
 from sparktune.setup.machine import boxes, peers
 from sparktune.setup.machine.backends import StopSignals
 from sparktune.setup.machine.boxes import inputs_of, link_of
-from sparktune.setup.machine.docker_backend import mounts_of
+from sparktune.setup.machine.docker_backend import environment_of, mounts_of
 from sparktune.setup.machine.inventory import MARK, PARTIAL, inventory, known_files, main
 from sparktune.setup.machine.peers import Peer, reach, reachable_boxes, send_image, tar_stream
 from sparktune.setup.plan.config import resolve
@@ -153,6 +153,30 @@ def test_a_machine_that_falls_silent_is_given_up(ssh: Path) -> None:
     assert {"ServerAliveInterval=5", "ServerAliveCountMax=3", "BatchMode=yes", "ConnectTimeout=10"} <= set(asked)
     at = asked.index("--")
     assert asked[at - 2 : at + 3] == ["-p", "2222", "--", "me@spark-b", "docker system dial-stdio"]
+
+
+@pytest.mark.usefixtures("ssh")
+def test_a_connection_to_a_machine_that_went_away_closes_without_a_word() -> None:
+    """Else the SDK's farewell ends run.sh with a traceback, behind the sentence that said what happened."""
+    from docker.transport import sshconn
+
+    peers._give_ssh_a_deadline()
+    line = sshconn.SSHSocket("spark-b")
+    line.connect()
+    assert line.proc.wait(timeout=10) == 0
+    line.close()
+
+
+def test_a_container_asks_the_hub_that_the_user_names_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = environment_of(network=True)
+    assert (asked["HF_ENDPOINT"], asked["HF_HUB_OFFLINE"]) == ("http://127.0.0.1:1", "1")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert "HF_HUB_OFFLINE" not in environment_of(network=True)
+    alone = environment_of(network=False)
+    assert alone["HF_HUB_OFFLINE"] == "1"
+    assert "HF_ENDPOINT" not in alone
 
 
 @pytest.mark.parametrize(("answer", "error", "code", "words"), [
