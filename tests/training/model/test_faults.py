@@ -162,9 +162,21 @@ def wait_until(holds: Callable[[], bool], processes: list[subprocess.Popen[bytes
         time.sleep(0.1)
 
 
+def meeting_place(rendezvous: str, cable: Cable, number: int) -> list[str]:
+    """Returns torchrun's options for one of two machines: as `plan --as torchrun` writes them, or with c10d."""
+    first, host = cable.hosts[0], cable.hosts[number]
+    if rendezvous == "static":
+        return ["--node-rank", str(number), "--master-addr", first, "--master-port", "29433"]
+    return ["--rdzv-backend", "c10d", "--rdzv-id", "cut", "--rdzv-endpoint", f"{first}:29433", "--rdzv-conf",
+            f"is_host={int(number == 0)}", "--local-addr", host]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_torchrun_goes_on_from_the_checkpoint_when_the_cable_is_back(tmp_path: Path, cable: Cable) -> None:
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_torchrun_goes_on_from_the_checkpoint_when_the_cable_is_back(
+    rendezvous: str, tmp_path: Path, cable: Cable
+) -> None:
     """torchrun and train.py as a user starts them on two boxes, with a user's limits."""
     make_model(tmp_path / "tiny", vocab_size=512, dtype="float32")
     write_smoke(tmp_path / "train.jsonl")
@@ -173,13 +185,12 @@ def test_torchrun_goes_on_from_the_checkpoint_when_the_cable_is_back(tmp_path: P
     sentences = ("No sign of life for 20 s from rank 1", "Nothing was heard for 20 s from 10.77.0.1:")
     started: list[subprocess.Popen[bytes]] = []
     try:
-        for i, (name, host, link) in enumerate(zip(cable.names, cable.hosts, cable.links, strict=True)):
+        for i, (name, link) in enumerate(zip(cable.names, cable.links, strict=True)):
             with logs[i].open("wb") as log:
                 started.append(subprocess.Popen(
                     ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
-                     "--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-id", "cut",
-                     "--rdzv-endpoint", f"{cable.hosts[0]}:29433", "--rdzv-conf", f"is_host={int(i == 0)}",
-                     "--local-addr", host, str(ROOT / "train.py"), "--engine", "native", "--mode", "lora",
+                     "--nproc-per-node", "1", "--max-restarts", "2", *meeting_place(rendezvous, cable, i),
+                     str(ROOT / "train.py"), "--engine", "native", "--mode", "lora",
                      "--model", str(tmp_path / "tiny"), "--train-data", str(tmp_path / "train.jsonl"),
                      "--max-steps", str(steps), "--num-epochs", "100", "--pack-length", "128",
                      "--gradient-accumulation", "4", "--save-steps", "2", "--dtype", "float32", "--device", "cpu",
