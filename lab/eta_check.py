@@ -1,6 +1,6 @@
 """How true a plan's time is before the start, and after a rehearsal: predictions against whole runs.
 
-usage: python -m sparktune.lab.eta_check [--device cuda] [--model tiny|0.8B|FOLDER] [--only lora|full]
+usage: python -m sparktune.lab.eta_check [--device cuda] [--model tiny|0.8B|FOLDER] [--only lora|qlora|full]
            [--target-s 70] [--csv FILE]
 
 First the machine is calibrated: short runs of each method and length, which only teach. Then each case gets a data set
@@ -278,6 +278,8 @@ def main() -> int:
         cases = list(enumerate(_CUDA if options.device == "cuda" else _CPU))
         if options.only:
             cases = [numbered for numbered in cases if numbered[1].plan["mode"] == options.only]
+            if not cases:
+                parser.error(f"--only {options.only}: there is no such case on {options.device}")
         if options.last_first:
             cases.sort(key=lambda numbered: (not numbered[1].teaches, -numbered[0]))
         for number, case in cases:

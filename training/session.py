@@ -254,6 +254,7 @@ def _train_to_end(
         plan, spec, model_dir, run, data, tokenizer, device, events, stop, checkpoint=checkpoint, state=state,
         world=world,
     )
+    began_after = loop.state.step
     try:
         result = loop.run_to_end()
     finally:
@@ -263,7 +264,7 @@ def _train_to_end(
     examine_result(loop, model_dir, events)
     events.emit("artifact", path=str(result), bytes=size_of(result))
     events.message(f"Trained: {result}")
-    events.emit("end", ok=True, spent=loop.spent, first_spent=loop.first_spent)
+    events.emit("end", ok=True, began_after=began_after, spent=loop.spent, first_spent=loop.first_spent)
 
 
 def examine_result(loop: TrainingLoop, model_dir: Path, events: Narrator) -> None:

@@ -77,17 +77,20 @@ def record_training(
 
     One that was over before, on this machine or on another, teaches nothing: its end says nothing of what it spent.
     """
-    rows = read_metrics(run.metrics)
-    speed = steady_tok_per_s(rows)
     ends = [row for row in read_metrics(run.stage_events("train")) if row.get("kind") == "end"]
-    spent = ends[-1].get("spent") if ends else {}
-    first = ends[-1].get("first_spent") or {} if ends else {}
+    end = ends[-1] if ends else {"spent": {}}
+    spent, first = end.get("spent"), end.get("first_spent") or {}
+    began_after = int(end.get("began_after") or 0)
+    # A resume may have other GPUs than the process before it had: its own steps alone tell of them.
+    rows = [row for row in read_metrics(run.metrics) if row.get("step", 0) > began_after]
+    speed = steady_tok_per_s(rows)
     if spent is None or speed is None or plan.engine == "auto" or plan.mode == "auto":
         return
     flop = training_flop(plan, spec, document=report.lengths.mean, supervised_share=report.supervised_share)
     flop /= filled_share(plan, report)  # a GPU computes the padding too
     book = load_book()
-    book.paces += _besides(plan, spec, report, machine, seconds, rows, speed, spent, first)
+    if not began_after and spent:  # what a resumed run did besides its steps, and how often, is another's too
+        book.paces += _besides(plan, spec, report, machine, seconds, rows, speed, spent, first)
     book.speeds.append(Speed(
         chip=chip_of(machine), engine=plan.engine, mode=plan.mode, dtype=plan.dtype, recompute=plan.recompute_choice,
         parameters=spec.parameters, flop_per_s=speed * flop / chips_of(plan), source="own",
@@ -101,13 +104,11 @@ def _besides(
     plan: Plan, spec: ModelSpec, report: DatasetReport, machine: Machine, seconds: float,
     rows: Sequence[dict[str, Any]], speed: float, spent: dict[str, list[float]], first: dict[str, list[float]],
 ) -> list[Pace]:
-    """What a training did besides its steps, with the work each took; nothing of a resumed run, whose parts differ.
+    """What a training did besides its steps, with the work each took.
 
     What the first evaluation, sample and save took longer than the others counts as the start: they compile kernels.
     """
     steps = [row for row in rows if row.get("tok_per_s") and row.get("tokens") and row.get("step")]
-    if len(steps) != steps[-1]["step"] or not spent:
-        return []
     spent = {name: [done, took - _compiling(done, took, first.get(name))] for name, (done, took) in spent.items()}
     start_s = seconds - sum(row["tokens"] for row in steps) / speed - sum(took for _, took in spent.values())
     planned = training_work(plan, spec, report, len(steps), checkpoint_bytes(plan, spec))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel, ConfigDict, Field
 
 from sparktune.setup.plan.arithmetic import forward_flop, training_flop
+from sparktune.setup.plan.basestorage import base_storage
 from sparktune.setup.plan.intervals import times
 from sparktune.setup.plan.recommend import planned_steps
 from sparktune.setup.plan.schema import DatasetReport, Machine, ModelSpec, Plan
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 _SHARED = 0.3
-"""What sums and gathers between chips may add to the longest time: the published aims allow 15 %."""
+"""What sums, gathers and waiting for each other may add to the longest time. Two H200s: 2 to 18 % (docs/scale.md)."""
 _ERR_HIGH = 1.10
 """What is not calibrated is announced this much longer than the rate says: early is a pleasure, late is not."""
 _TOKENS_PER_S = 40.0
@@ -242,7 +243,10 @@ def _train(
 
 def _launch_s(plan: Plan, spec: ModelSpec, report: DatasetReport, steps: int) -> float:
     """Returns the seconds that a GPU's host needs for the passes of `steps`; 0 where graphs replay them."""
-    graphs = plan.pack and not plan.lora_dropout and plan.mode != "qlora" and plan.processes == 1
+    graphs = (
+        plan.pack and not plan.lora_dropout and base_storage(plan) == "none"
+        and not (plan.mode == "full" and plan.processes > 1)
+    )
     if plan.device != "cuda" or plan.engine == "unsloth" or graphs:
         return 0.0
     passes = steps * (plan.gradient_accumulation or 1) / plan.processes

@@ -20,7 +20,7 @@ EventKind = Literal[
     "message",   # level (info | warning | error), text
     "choice",    # what, chosen, reason: every automatic decision, said once
     "artifact",  # path, bytes
-    "end",       # ok, seconds; of training: spent, first_spent (TrainingLoop)
+    "end",       # ok, seconds; of training: began_after (a step), spent, first_spent (TrainingLoop)
 ]
 
 

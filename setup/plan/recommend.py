@@ -289,10 +289,10 @@ def _accumulation(plan: Plan, spec: ModelSpec, report: DatasetReport, machine: M
     examples_a_pass = max(1.0, pack * 0.9 / mean) * plan.per_device_batch_size
     wanted = max(1, round(_STEP_EXAMPLES / examples_a_pass))
     one = planned_steps(plan.model_copy(update={"gradient_accumulation": 1}), report)
-    fewest = min(wanted, one // _LEAST_STEPS)
-    value = max(plan.processes, fewest)
+    sensible = min(wanted, one // _LEAST_STEPS)
+    value = max(plan.processes, sensible)
     reason = f"a step then sees about {value * examples_a_pass:.0f} examples"
-    if plan.processes > 1 and value > fewest:
+    if plan.processes > 1 and value > sensible:
         reason += f"; fewer than {value} packs cannot be shared by {value} processes"
     elif value < wanted:
         reason += f", fewer than {_STEP_EXAMPLES}, so that the run takes about {_LEAST_STEPS} steps or more"

@@ -18,6 +18,7 @@ from sparktune.setup.plan.speeds import BUILT_IN, Speed, chip_of, rate_for
 
 GB10 = Machine(device="cuda", gpu_name="NVIDIA GB10", capability=(12, 1), unified_memory=True, memory_gib=110,
                cpu_cores=20, disk_free_gib=1000)
+H200 = Machine(device="cuda", gpu_name="NVIDIA H200", memory_gib=139, cpu_cores=16, disk_free_gib=1000)
 UNKNOWN = Machine(device="cuda", gpu_name="NVIDIA Something", memory_gib=24, cpu_cores=8, disk_free_gib=100)
 CPU = Machine(device="cpu", cpu_name="A CPU", memory_gib=6, cpu_cores=2, disk_free_gib=50)
 STAGES = ("train", "merge", "mtp", "gguf", "evaluate", "report")
@@ -160,6 +161,18 @@ def test_passes_without_a_graph_take_what_the_host_needs_to_launch_them() -> Non
     assert "host" not in shown.reason, "what this machine has shown of such passes holds the launches already"
 
 
+@pytest.mark.parametrize(("changes", "launched"), [
+    ({}, False), ({"gpus": 2}, False), ({"mode": "full"}, False), ({"mode": "full", "gpus": 2}, True),
+    ({"lora_dropout": 0.05}, True), ({"mode": "qlora"}, True), ({"quantise_base": "int8"}, True),
+    ({"pack": False}, True),
+    ({"engine": "unsloth", "pack": False}, False),
+])
+def test_what_graphs_replay_waits_for_no_launches(changes: dict[str, Any], launched: bool) -> None:
+    plan = _plan(**{"engine": "native", "pack_length": 128, "max_steps": 10, **changes})
+    train = estimate(plan, _spec("0.8B"), _report(24_000, 100), H200, stages=("train",)).stages[0]
+    assert ("host" in train.reason) == launched
+
+
 def test_a_calibration_replaces_everything() -> None:
     measured = Calibration(steps=15, train_s=1000, low_s=960, high_s=1040, tok_per_s=5, peak_gib=1, device="cuda")
     eta = estimate(_plan(), _spec(), _report(), UNKNOWN, stages=("train",), calibration=measured)
@@ -240,6 +253,16 @@ def test_the_book_remembers_and_survives_damage(tmp_path: Path, monkeypatch: pyt
     assert found["train: saves"][1] == 22.0
     assert "train: evaluation" not in found  # nothing was held out
     assert found["merge"][1] == 12.0
+    # resumed after step 5 on other GPUs: its own steps tell of its chips, what it did besides them is half another's
+    resumed = {**end, "began_after": 5}
+    rows[5:] = [row.replace("500", "700") for row in rows[5:]]
+    run.metrics.write_text("\n".join(rows))
+    run.stage_events("train").write_text(json.dumps(resumed))
+    speedbook.record_training(plan, _spec(), _report(), CPU, run, 100.0)
+    after = speedbook.load_book()
+    assert after.speeds[-1].flop_per_s == pytest.approx(700 * flop)
+    assert after.paces == book.paces
+    book = after
     # resumed when it was over, perhaps on another machine than the one that trained: nothing was seen of this one
     with run.stage_events("train").open("a") as events:
         events.write("\n" + json.dumps({"kind": "end", "ok": True}) + "\n")
