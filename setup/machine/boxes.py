@@ -32,7 +32,7 @@ from sparktune.setup.machine.docker_backend import (
 )
 from sparktune.setup.machine.engine import ENGINE_GONE, create_container, start_container
 from sparktune.setup.machine.inventory import known_files
-from sparktune.setup.machine.peers import Peer, answering, look, make_folders, reach, send_files, send_image
+from sparktune.setup.machine.peers import Peer, answering, at_home, look, make_folders, reach, send_files, send_image
 from sparktune.setup.plan.errors import ExitCode, PreflightError, UsageError
 from sparktune.setup.plan.links import interface_to
 from sparktune.setup.plan.models import resolve_model_dir
@@ -130,6 +130,18 @@ class _Part:
     code: int | None = None
     looked: float = 0.0
 
+    def start(self) -> None:
+        """Starts it.
+
+        Raises:
+            PreflightError: its engine would not, or went away.
+        """
+        if not self.far:
+            start_container(self.container)
+            return
+        with answering(self.name):
+            start_container(self.container, where=self.name)
+
     def look(self) -> None:
         """Notes whether it has ended. A machine that does not answer has not: its ranks' silence ends the others."""
         from docker.errors import NotFound
@@ -161,8 +173,12 @@ class _SharedLog:
         self._file, self._lock = file, threading.Lock()
 
     def line(self, text: bytes) -> None:
-        """Writes one line."""
-        with self._lock:
+        """Writes one line.
+
+        Raises:
+            PreflightError: the disk is full, say.
+        """
+        with self._lock, at_home("write the run's log"):
             self._file.write(text.rstrip(b"\n") + b"\n")
             self._file.flush()
 
@@ -242,9 +258,8 @@ class BoxesBackend(DockerBackend):
         if self._sent:
             return
         for peer in self._peers:
-            with answering(peer.host):
-                sent = send_image(self._client, self._clients[peer.host], str(self._image), peer.host, on_event,
-                                  lambda: stop.count > 0)
+            sent = send_image(self._client, self._clients[peer.host], str(self._image), peer.host, on_event,
+                              lambda: stop.count > 0)
             on_event({"kind": "choice", "what": f"image on {peer.host}", "chosen": str(self._image),
                       "reason": "sent from here" if sent else "there already, the same image id"})
         self._sent = True
@@ -275,7 +290,7 @@ class BoxesBackend(DockerBackend):
                 if stop.count:
                     return int(ExitCode.INTERRUPTED)
                 for part in reversed(parts):  # here last: its ranks wait for the others
-                    start_container(part.container)
+                    part.start()
                 writers = [threading.Thread(target=log.copy, args=(p.container, p.name, p.far), daemon=True)
                            for p in parts]
                 for writer in writers:
@@ -299,11 +314,11 @@ class BoxesBackend(DockerBackend):
             parts.append(_Part(name=_HERE, container=create_container(self._client, **ours), far=False))
             for number, peer in enumerate(self._peers, 1):
                 theirs = self._for_peer(options, peer, plan)
+                interface = self._equip(peer, theirs, run, plan, address, log, on_poll, stop)
+                theirs["environment"] |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+                theirs["command"] = [*options["command"], "--node", f"{number}/{meeting}"]
                 with answering(peer.host):
-                    interface = self._equip(peer, theirs, run, plan, address, log, on_poll, stop)
-                    theirs["environment"] |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
-                    theirs["command"] = [*options["command"], "--node", f"{number}/{meeting}"]
-                    container = create_container(self._clients[peer.host], **theirs)
+                    container = create_container(self._clients[peer.host], where=peer.host, **theirs)
                 parts.append(_Part(name=peer.host, container=container, far=True))
             yield parts
         finally:
@@ -349,7 +364,9 @@ class BoxesBackend(DockerBackend):
                     f"On {peer.host} a run should write to {', '.join(left)} as user {peer.uid}, as it does here; it "
                     f"may not. Give these folders to that user over there: sudo chown {peer.uid}:{peer.gid} FOLDER."
                 )
-            own, lacking = known_files(paths), []
+            with at_home("read what a run reads"):
+                own = known_files(paths)
+            lacking = []
             for root in paths:
                 below = [path for path in own if path == root or path.startswith(root + "/")]
                 wrong = [path for path in below if found["files"].get(path) != own[path]]
@@ -381,18 +398,19 @@ class BoxesBackend(DockerBackend):
 
     def _give(self, client: Any, options: Mapping[str, Any], folders: list[str], peer: Peer) -> None:
         """Gives folders that its engine has just made, which belong to root and are empty, to the peer's user."""
-        container = create_container(client, **{
-            **options, "command": ["chown", "--", f"{peer.uid}:{peer.gid}", *folders], "user": "0:0",
-            "cap_add": ["CHOWN"], "name": f"{options['name']}-owner",
-        })
-        try:
-            start_container(container)
-            if container.wait()["StatusCode"] != 0:
-                raise PreflightError(f"{peer.host} could not make {', '.join(folders)} for its user: "
-                                     f"{container.logs().decode('utf-8', 'replace')[-300:]}")
-        finally:
-            with suppress(Exception):  # already gone, or the engine is
-                container.remove(force=True)
+        with answering(peer.host):
+            container = create_container(client, where=peer.host, **{
+                **options, "command": ["chown", "--", f"{peer.uid}:{peer.gid}", *folders], "user": "0:0",
+                "cap_add": ["CHOWN"], "name": f"{options['name']}-owner",
+            })
+            try:
+                start_container(container, where=peer.host)
+                if container.wait()["StatusCode"] != 0:
+                    raise PreflightError(f"{peer.host} could not make {', '.join(folders)} for its user: "
+                                         f"{container.logs().decode('utf-8', 'replace')[-300:]}")
+            finally:
+                with suppress(Exception):  # already gone, or the engine is
+                    container.remove(force=True)
 
     def _end_leftovers(self, run: RunDir) -> None:
         super()._end_leftovers(run)

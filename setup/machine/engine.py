@@ -10,8 +10,8 @@ from typing import Any
 from sparktune.setup.plan.errors import PreflightError
 
 __all__ = [
-    "ENGINE_GONE", "ENGINE_TIMEOUT_S", "INFINIBAND", "alive", "connect", "create_container", "network_for_downloads",
-    "refuse_other_ids", "start_container",
+    "ENGINE_GONE", "ENGINE_TIMEOUT_S", "INFINIBAND", "NoGPUs", "alive", "connect", "create_container",
+    "network_for_downloads", "refuse_other_ids", "start_container",
 ]
 
 ENGINE_GONE = "The Docker engine went away while a stage ran. Start it (sudo systemctl start docker) and resume."
@@ -20,6 +20,10 @@ ENGINE_TIMEOUT_S = 60
 _DEFAULT = "unix:///var/run/docker.sock"
 _HERE = re.compile(r"unix://.|(tcp|https?)://(localhost|127\.[\d.]+|\[::1\])(:|/|$)")
 _NO_GPUS = re.compile(r"could not select device driver|nvidia-container-cli|unresolvable CDI|runtime.*nvidia", re.I)
+
+
+class NoGPUs(PreflightError):
+    """An engine has no way to give a container its machine's GPUs."""
 
 
 def connect() -> Any:
@@ -74,42 +78,55 @@ def refuse_other_ids(client: Any, where: str) -> None:
         )
 
 
-def create_container(client: Any, **options: Any) -> Any:
+def create_container(client: Any, *, where: str = "", **options: Any) -> Any:
     """Returns a new container that is not started.
 
     Args:
         client: the engine.
+        where: the machine of the engine; this one when left out.
         options: what `containers.create` of the SDK takes.
 
     Raises:
         PreflightError: the engine would not make it.
     """
-    return _asked(lambda: client.containers.create(**options), "make")
+    return _asked(lambda: client.containers.create(**options), "make", where)
 
 
-def start_container(container: Any) -> None:
+def start_container(container: Any, *, where: str = "") -> None:
     """Starts a container. Only now does an engine look for the GPUs that it was asked for.
 
+    Args:
+        container: made and not started.
+        where: the machine of its engine; this one when left out.
+
     Raises:
+        NoGPUs: the engine cannot give it any.
         PreflightError: the engine would not start it.
     """
-    _asked(container.start, "start")
+    _asked(container.start, "start", where)
 
 
-def _asked(call: Callable[[], Any], word: str) -> Any:
+def _asked(call: Callable[[], Any], word: str, where: str) -> Any:
     from docker.errors import APIError
 
+    engine = f"The Docker engine of {where}" if where else "The Docker engine"
     try:
         return call()
     except APIError as error:
         why = str(error.explanation or error).strip()
         if _NO_GPUS.search(why):
-            raise PreflightError(
-                f"The Docker engine has no way to give a container this machine's GPUs ({why}). Install NVIDIA's "
-                "container toolkit and tell the engine of it: sudo apt-get install nvidia-container-toolkit && "
-                "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker."
+            raise NoGPUs(
+                f"{engine} has no way to give a container {'its' if where else 'this'} machine's GPUs ({why}). Install "
+                f"NVIDIA's container toolkit{' over there' if where else ''} and tell the engine of it: sudo apt-get "
+                "install nvidia-container-toolkit && sudo nvidia-ctk runtime configure --runtime=docker && sudo "
+                "systemctl restart docker."
             ) from error
-        raise PreflightError(f"The Docker engine would not {word} a container: {why}") from error
+        raise PreflightError(f"{engine} would not {word} a container: {why}") from error
+    except OSError as error:
+        if where:  # `answering` says whose
+            raise
+        raise PreflightError(f"The Docker engine went away before it could {word} a container ({error}). Start it "
+                             "(sudo systemctl start docker) and try again.") from error
 
 
 def _silent(address: str, reason: str) -> str:

@@ -33,8 +33,8 @@ from sparktune.setup.plan.links import address_of, interface_of
 __all__ = [
     "Peer",
     "answering",
+    "at_home",
     "look",
-    "look_again",
     "make_folders",
     "reach",
     "reachable_boxes",
@@ -136,6 +136,24 @@ def answering(host: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def at_home(doing: str) -> Iterator[None]:
+    """Turns what this machine's files and engine refuse into a sentence: else it would be told as another machine's.
+
+    Args:
+        doing: what could not be done, as "read FILE".
+
+    Raises:
+        PreflightError: a file is gone, a disk is full, its own engine went away.
+    """
+    from docker.errors import DockerException
+
+    try:
+        yield
+    except (DockerException, OSError) as error:
+        raise PreflightError(f"This machine could not {doing}: {error}. Mend that here, then resume.") from error
+
+
 def _ssh(host: str, *options: str) -> list[str]:
     """Returns ssh's argument list up to the host; the schema has refused what could be an option."""
     name, _, port = host.partition(":")
@@ -235,8 +253,9 @@ def _told(
         if should_stop():
             raise Cancelled(f"Sending {what} was stopped.")
         done += len(chunk)
-        on_event({"kind": "progress", "phase": f"sending {what}", "done": min(done, total), "total": total,
-                  "unit": "bytes", "elapsed_s": round(time.monotonic() - begun, 1)})
+        with at_home("write its records"):
+            on_event({"kind": "progress", "phase": f"sending {what}", "done": min(done, total), "total": total,
+                      "unit": "bytes", "elapsed_s": round(time.monotonic() - begun, 1)})
         yield chunk
 
 
@@ -257,28 +276,34 @@ def send_image(
         should_stop: True cancels.
 
     Raises:
-        PreflightError: what arrived is another image.
+        PreflightError: what arrived is another image; one of the engines went away or refused.
         Cancelled: `should_stop` said so.
     """
     from docker.errors import APIError, ImageNotFound
 
-    image = ours.images.get(tag)
-    with suppress(ImageNotFound):
-        if theirs.images.get(tag).id == image.id:
-            return False
-    sent = _told(image.save(chunk_size=_CHUNK, named=tag), int(image.attrs["Size"]), f"the image to {host}", on_event,
-                 should_stop)
-    try:
-        list(theirs.api.load_image(sent) or ())
-        arrived = theirs.images.get(tag).id
-    except (APIError, ImageNotFound) as error:
-        raise PreflightError(f"The engine of {host} would not take the image {tag}: {error}") from error
+    with at_home(f"find the image {tag}"):
+        image = ours.images.get(tag)
+    with answering(host):
+        with suppress(ImageNotFound):
+            if theirs.images.get(tag).id == image.id:
+                return False
+        sent = _told(_saved(image, tag), int(image.attrs["Size"]), f"the image to {host}", on_event, should_stop)
+        try:
+            list(theirs.api.load_image(sent) or ())
+            arrived = theirs.images.get(tag).id
+        except APIError as error:
+            raise PreflightError(f"The engine of {host} would not take the image {tag}: {error}") from error
     if arrived != image.id:
         raise PreflightError(
             f"The image {tag} should be {image.id} on {host} too; there it became {arrived}. The engines keep images "
             "differently (containerd's store on one of them?); use the same kind on both."
         )
     return True
+
+
+def _saved(image: Any, tag: str) -> Iterator[bytes]:
+    with at_home(f"read the image {tag} from its Docker engine"):
+        yield from image.save(chunk_size=_CHUNK, named=tag)
 
 
 # -- files
@@ -297,7 +322,7 @@ def tar_stream(root: Path, names: Mapping[str, bool], uid: int, gid: int) -> Ite
         gid: their group.
 
     Raises:
-        PreflightError: a file changed while it was read.
+        PreflightError: a file changed while it was read, or cannot be read.
     """
     folders: list[str] = []
     for name in names:
@@ -307,25 +332,31 @@ def tar_stream(root: Path, names: Mapping[str, bool], uid: int, gid: int) -> Ite
     for name in [*folders, *names]:
         path, info = root / name, tarfile.TarInfo(name)
         info.uid, info.gid, info.mode = uid, gid, 0o755
-        if name in folders:
-            info.type = tarfile.DIRTYPE
-        elif names[name]:
-            info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
-        else:
-            facts, info.name = path.stat(), name + PARTIAL
-            info.size, info.mtime, info.mode = facts.st_size, facts.st_mtime, facts.st_mode & 0o755
-        yield info.tobuf(format=tarfile.PAX_FORMAT)
-        if info.size:
-            left = info.size
-            with path.open("rb") as file:
-                while left:
-                    chunk = file.read(min(left, _CHUNK))
-                    if not chunk:
-                        raise PreflightError(f"{path} became shorter while it was sent. Start again when it is done.")
-                    left -= len(chunk)
-                    yield chunk
-            yield b"\0" * (-info.size % tarfile.BLOCKSIZE)
+        with at_home(f"read {path}"):
+            if name in folders:
+                info.type = tarfile.DIRTYPE
+            elif names[name]:
+                info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
+            else:
+                facts, info.name = path.stat(), name + PARTIAL
+                info.size, info.mtime, info.mode = facts.st_size, facts.st_mtime, facts.st_mode & 0o755
+            yield info.tobuf(format=tarfile.PAX_FORMAT)
+            if info.size:
+                yield from _content(path, info.size)
     yield b"\0" * (2 * tarfile.BLOCKSIZE)
+
+
+def _content(path: Path, size: int) -> Iterator[bytes]:
+    """Yields a file's bytes, as many as were announced, and zeros up to a whole block."""
+    left = size
+    with path.open("rb") as file:
+        while left:
+            chunk = file.read(min(left, _CHUNK))
+            if not chunk:
+                raise PreflightError(f"{path} became shorter while it was sent. Start again when it is done.")
+            left -= len(chunk)
+            yield chunk
+    yield b"\0" * (-size % tarfile.BLOCKSIZE)
 
 
 def send_files(
@@ -343,17 +374,20 @@ def send_files(
         should_stop: True cancels.
 
     Raises:
-        PreflightError: its engine refused.
+        PreflightError: its engine refused or went away; a file here cannot be read.
         Cancelled: `should_stop` said so.
     """
     from docker.errors import APIError
 
-    total = sum((root / name).stat(follow_symlinks=not is_link).st_size for name, is_link in names.items())
+    with at_home(f"read the files of {root}"):
+        total = sum((root / name).stat(follow_symlinks=not is_link).st_size for name, is_link in names.items())
     sent = _told(tar_stream(root, names, peer.uid, peer.gid), total, f"{root} to {peer.host}", on_event, should_stop)
-    try:
-        container.put_archive(str(root), sent)
-    except APIError as error:
-        raise PreflightError(f"{peer.host} would not take the files of {root}: {error.explanation or error}") from error
+    with answering(peer.host):
+        try:
+            container.put_archive(str(root), sent)
+        except APIError as error:
+            why = error.explanation or error
+            raise PreflightError(f"{peer.host} would not take the files of {root}: {why}") from error
 
 
 def make_folders(peer: Peer, folders: Sequence[str]) -> None:
@@ -373,29 +407,21 @@ def look(client: Any, options: Mapping[str, Any], asked: Mapping[str, Any], host
     """Runs the inventory in a container and returns the container, which has ended, and the answer.
 
     Raises:
-        PreflightError: it could not be made.
+        NoGPUs: they were asked for, and its engine cannot give any.
+        PreflightError: it could not be made, or said nothing.
     """
     command = ["python", "-P", "-m", "sparktune.setup.machine.inventory", json.dumps(asked)]
-    container = create_container(client, **{**options, "command": command})
-    try:
-        return container, look_again(container, host)
-    except BaseException:
-        with suppress(Exception):  # already gone, or the engine is
-            container.remove(force=True)
-        raise
-
-
-def look_again(container: Any, host: str) -> dict[str, Any]:
-    """Runs such a container (once more) and returns its answer.
-
-    Raises:
-        PreflightError: there was none.
-    """
-    start_container(container)
-    container.wait()
-    said = container.logs().decode("utf-8", "replace")
-    answers = [line.partition(MARK)[2] for line in said.splitlines() if MARK in line]
-    if not answers:
-        raise PreflightError(f"{host} should say what it has; its container said: {said[-800:]}")
-    answer: dict[str, Any] = json.loads(answers[-1])
-    return answer
+    with answering(host):
+        container = create_container(client, where=host, **{**options, "command": command})
+        try:
+            start_container(container, where=host)
+            container.wait()
+            said = container.logs().decode("utf-8", "replace")
+            answers = [line.partition(MARK)[2] for line in said.splitlines() if MARK in line]
+            if not answers:
+                raise PreflightError(f"{host} should say what it has; its container said: {said[-800:]}")
+            return container, json.loads(answers[-1])
+        except BaseException:
+            with suppress(Exception):  # already gone, or the engine is
+                container.remove(force=True)
+            raise

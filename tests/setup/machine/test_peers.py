@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 
 from sparktune.setup.machine import boxes, peers
 from sparktune.setup.machine.backends import StopSignals
@@ -326,6 +327,91 @@ def test_an_image_is_sent_where_it_is_another_and_checked() -> None:
     assert seen[-1]["done"] == seen[-1]["total"] == 30
     with pytest.raises(PreflightError, match="there it became sha256:2"):
         send_image(ours, Images({}, "sha256:2"), "t", "b", seen.append)
+
+
+# -- whose fault it is
+
+
+class Uploads:
+    """An engine over there, as the SDK talks to it: an OSError of what it reads becomes its own ConnectionError."""
+
+    def __init__(self) -> None:
+        self.images = self.api = self
+
+    def get(self, tag: str) -> Any:
+        from docker.errors import ImageNotFound
+
+        raise ImageNotFound(tag)
+
+    def load_image(self, chunks: Iterator[bytes]) -> None:
+        self.put_archive("/", chunks)
+
+    def put_archive(self, folder: str, chunks: Iterator[bytes]) -> None:
+        try:
+            for _ in chunks:
+                pass
+        except OSError as error:
+            raise requests.exceptions.ConnectionError(error) from error
+        raise requests.exceptions.ConnectionError("cable")
+
+
+FAR = Peer(host="b", address="192.168.100.2", uid=1, gid=1, clock_off_s=0, clock_known_s=0, arch="x", engine="1")
+
+
+def full_disk(event: dict[str, Any]) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("name", "on_event", "words"), [
+    ("there", lambda event: None, "^b or its Docker engine went away, or refused: cable"),
+    ("there", full_disk, "^This machine could not write its records: .*No space left"),
+    ("gone", lambda event: None, "^This machine could not read the files of .*gone"),
+])
+def test_what_fails_while_files_are_sent(
+    name: str, on_event: Callable[[dict[str, Any]], None], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "there").write_text("rows")
+    with pytest.raises(PreflightError, match=words):
+        peers.send_files(Uploads(), tmp_path, {name: False}, FAR, on_event)
+
+
+def test_a_file_that_goes_away_while_others_are_sent_is_this_machines(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_text("rows")
+    with pytest.raises(PreflightError, match=r"^This machine could not read .*/two: .*No such file"):
+        peers.send_files(Uploads(), tmp_path, {"one": False, "two": False}, FAR,
+                         lambda event: (tmp_path / "two").unlink(missing_ok=True))
+
+
+def test_an_image_that_cannot_be_read_here_is_this_machines() -> None:
+    def cut(**_: Any) -> Iterator[bytes]:
+        yield b"x"
+        raise requests.exceptions.ConnectionError("its own engine")
+
+    image = SimpleNamespace(id="sha256:1", attrs={"Size": 30}, save=cut)
+    ours = SimpleNamespace(images=SimpleNamespace(get=lambda tag: image))
+    with pytest.raises(PreflightError, match=r"^This machine could not read the image t from its Docker engine"):
+        send_image(ours, Uploads(), "t", "b", lambda event: None)
+    image.save = lambda **_: iter([b"x"])
+    with pytest.raises(PreflightError, match=r"^b or its Docker engine went away, or refused: cable"):
+        send_image(ours, Uploads(), "t", "b", lambda event: None)
+
+
+@pytest.mark.parametrize(("far", "said", "words"), [
+    (True, "", "^b or its Docker engine went away"),
+    (False, "", "^The Docker engine went away before it could start a container"),
+    (True, "unresolvable CDI devices", "^The Docker engine of b has no way to give a container its machine's GPUs"),
+    (True, "no such mount", "^The Docker engine of b would not start a container: no such mount"),
+    (False, "no such mount", "^The Docker engine would not start a container: no such mount"),
+])
+def test_a_machine_whose_container_does_not_start(far: bool, said: str, words: str) -> None:
+    from docker.errors import APIError
+
+    def start() -> None:
+        raise APIError("500", explanation=said) if said else requests.exceptions.ConnectionError("aborted")
+
+    with pytest.raises(PreflightError, match=words):
+        boxes._Part(name="b", container=SimpleNamespace(start=start), far=far).start()
 
 
 # -- waiting
