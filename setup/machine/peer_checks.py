@@ -14,8 +14,8 @@ from sparktune.setup.machine.boxes import free_port, link_of
 from sparktune.setup.machine.check import Check, guarded
 from sparktune.setup.machine.detect import host_memory_gib, nvidia_gpus
 from sparktune.setup.machine.docker_backend import container_base
-from sparktune.setup.machine.engine import connect, create_container, start_container
-from sparktune.setup.machine.peers import Peer, look, reach
+from sparktune.setup.machine.engine import NoGPUs, connect, create_container, start_container
+from sparktune.setup.machine.peers import Peer, answering, look, reach
 from sparktune.setup.plan.errors import PreflightError
 from sparktune.setup.plan.links import MEASURED, Interface, interface_of
 from sparktune.setup.plan.schema import Plan
@@ -99,7 +99,8 @@ def _far_end(peer: Peer, plan: Plan) -> list[Check]:
     name = f"{peer.host}: image"
     address, interface = link_of([peer])
     ours, client = _newest(plan), peer.client()
-    theirs = ours and _image(client, ours)
+    with answering(peer.host):
+        theirs = ours and _image(client, ours)
     near = interface_of(interface)
     if theirs is None or ours is None:
         where = "there" if ours else "here"
@@ -108,20 +109,21 @@ def _far_end(peer: Peer, plan: Plan) -> list[Check]:
             _link(peer, near, None),
         ]
     checks = [Check(name=name, status="ok", seen="the same image id as here")]
-    found = _look_around(client, peer, theirs, address, gpus=bool(nvidia_gpus()))
+    gpus = plan.device != "cpu" and bool(nvidia_gpus())
+    try:
+        found = _look_around(client, peer, theirs, address, gpus=gpus)
+    except NoGPUs as error:  # a run would end there; what else is to be mended is said with it
+        checks.append(Check(name=f"{peer.host}: GPUs", status="failed", seen=str(error)))
+        found = _look_around(client, peer, theirs, address, gpus=False)
+        gpus = False
     far = None if found["interface"] is None else Interface(**found["interface"])
-    return [*checks, _link(peer, near, far), *_twins(peer, found)]
+    return [*checks, _link(peer, near, far), *_twins(peer, found, gpus=gpus)]
 
 
 def _look_around(client: Any, peer: Peer, image: str, towards: str, *, gpus: bool) -> dict[str, Any]:
-    """Runs the inventory over there; an engine that cannot give GPUs has none to give."""
+    """Runs the inventory over there."""
     options = container_base("look", f"{peer.uid}:{peer.gid}", gpus=gpus) | {"image": image, "network_mode": "host"}
-    try:
-        container, found = look(client, options, {"files": [], "written": ["/"], "towards": towards}, peer.host)
-    except PreflightError:
-        if not gpus:
-            raise
-        return _look_around(client, peer, image, towards, gpus=False)
+    container, found = look(client, options, {"files": [], "written": ["/"], "towards": towards}, peer.host)
     with suppress(Exception):  # it has ended, and the engine is gone: a name and an exit code are left there
         container.remove(force=True)
     return found
@@ -146,15 +148,17 @@ def _link(peer: Peer, near: Interface, far: Interface | None) -> Check:
     return Check(name=name, status="ok", seen=seen)
 
 
-def _twins(peer: Peer, found: dict[str, Any]) -> list[Check]:
-    """Memory, GPUs and disk beside ours: a plan is made for this machine and must fit that one."""
+def _twins(peer: Peer, found: dict[str, Any], *, gpus: bool) -> list[Check]:
+    """Memory, disk and, where a run asks for them, GPUs beside ours: a plan made here must fit over there."""
     mine, theirs = host_memory_gib(), float(found["memory_gib"])
-    gpus = [gpu for gpu, _, _ in nvidia_gpus()]
-    seen = f"{theirs:.1f} GiB free, here {mine:.1f}; GPUs {', '.join(found['gpus']) or 'none'}"
+    ours = [gpu for gpu, _, _ in nvidia_gpus()] if gpus else found["gpus"]
+    seen = f"{theirs:.1f} GiB free, here {mine:.1f}"
+    if gpus:
+        seen += f"; GPUs {', '.join(found['gpus']) or 'none'}"
     alike = min(mine, theirs) >= _ALIKE * max(mine, theirs)
     memory = Check(name=f"{peer.host}: memory", status="ok", seen=seen)
-    if found["gpus"] != gpus:
-        memory = Check(name=memory.name, status="warning", seen=f"{seen}, here {', '.join(gpus) or 'none'}",
+    if found["gpus"] != ours:
+        memory = Check(name=memory.name, status="warning", seen=f"{seen}, here {', '.join(ours) or 'none'}",
                        fix="Every step waits for the slower one, and the plan is made for this machine's memory.")
     elif theirs < mine and not alike:
         memory = Check(name=memory.name, status="warning", seen=seen,
@@ -182,15 +186,19 @@ def _bandwidth(plan: Plan) -> Check:
     address, interface = link_of(peers)
     meeting = f"{len(clients)}@{address}:{free_port(address)}"
     users = [f"{os.getuid()}:{os.getgid()}", *(f"{peer.uid}:{peer.gid}" for peer in peers)]
+    places = ["", *(peer.host for peer in peers)]
     gpus = plan.device != "cpu" and bool(nvidia_gpus())
     containers: list[Any] = []
     try:
-        for i, (client, user) in enumerate(zip(clients, users, strict=True)):
+        for i, (client, user, place) in enumerate(zip(clients, users, places, strict=True)):
             command = ["python", "-P", "-m", "sparktune.training.linktest", "--node", f"{i}/{meeting}"]
             options = container_base("link", user, gpus=gpus) | {"image": image, "network_mode": "host"}
-            containers.append(create_container(client, command=command if gpus else [*command, "--cpu"], **options))
-        for container in reversed(containers):
-            start_container(container)
+            options["command"] = command if gpus else [*command, "--cpu"]
+            with answering(place or "this machine"):
+                containers.append(create_container(client, where=place, **options))
+        for container, place in zip(reversed(containers), reversed(places), strict=True):
+            with answering(place or "this machine"):
+                start_container(container, where=place)
         answer = _answer(containers)
     finally:
         for container in containers:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sparktune.setup.machine import peer_checks as checks
+from sparktune.setup.machine.engine import NoGPUs
 from sparktune.setup.machine.peers import Peer
 from sparktune.setup.plan.errors import PreflightError
 from sparktune.setup.plan.links import Interface
@@ -71,9 +73,62 @@ def test_a_twin_or_not(
 ) -> None:
     monkeypatch.setattr(checks, "host_memory_gib", lambda: 100.0)
     monkeypatch.setattr(checks, "nvidia_gpus", lambda: [(name, "12.1", None) for name in mine])
-    found, disk = checks._twins(peer(), {"memory_gib": memory, "gpus": gpus, "disk_gib": 0.5})
+    found, disk = checks._twins(peer(), {"memory_gib": memory, "gpus": gpus, "disk_gib": 0.5}, gpus=bool(mine))
     assert found.status == status
     assert disk.status == "warning"
+
+
+class Silent:
+    """An engine over there that has the image."""
+
+    images = SimpleNamespace(get=lambda name: SimpleNamespace(id="sha256:1"))
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What was asked of an engine that cannot give GPUs: whether a container was to have them."""
+    asked: list[bool] = []
+
+    def look(client: Any, options: dict[str, Any], wanted: dict[str, Any], host: str) -> tuple[Any, dict[str, Any]]:
+        asked.append("device_requests" in options)
+        if asked[-1]:
+            raise NoGPUs(f"The Docker engine of {host} has no way to give. Install NVIDIA's container toolkit")
+        answer = {"memory_gib": 100.0, "gpus": [], "disk_gib": 9.0, "interface": None}
+        return SimpleNamespace(remove=lambda force: None), answer
+
+    monkeypatch.setattr(checks, "look", look)
+    monkeypatch.setattr(checks, "nvidia_gpus", lambda: [("GB10", "12.1", None)])
+    monkeypatch.setattr(checks, "host_memory_gib", lambda: 100.0)
+    monkeypatch.setattr(checks, "link_of", lambda peers: ("192.168.100.1", "lo"))
+    monkeypatch.setattr(checks, "interface_of", lambda name: CABLE)
+    monkeypatch.setattr(checks, "_newest", lambda plan: "sha256:1")
+    monkeypatch.setattr(Peer, "client", lambda self: Silent())
+    return asked
+
+
+def test_an_engine_that_can_give_no_gpus_fails_with_its_cure(looks: list[bool]) -> None:
+    """A run would end at its start there; memory, disk and link are looked at all the same."""
+    found = {check.name: check for check in checks._far_end(peer(), Plan())}
+    assert looks == [True, False]
+    assert found["b: GPUs"].status == "failed"
+    assert "Install NVIDIA's container toolkit" in found["b: GPUs"].seen
+    assert {check.status for name, check in found.items() if name != "b: GPUs"} == {"ok"}
+
+
+def test_a_run_on_the_cpu_asks_for_no_gpus(looks: list[bool]) -> None:
+    assert {check.status for check in checks._far_end(peer(), Plan(device="cpu"))} == {"ok"}
+    assert looks == [False]
+
+
+def test_what_else_fails_over_there_is_not_tried_again(looks: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        looks.append(True)
+        raise PreflightError("no room")
+
+    monkeypatch.setattr(checks, "look", refuse)
+    with pytest.raises(PreflightError, match="no room"):
+        checks._far_end(peer(), Plan())
+    assert looks == [True]
 
 
 def test_a_machine_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
