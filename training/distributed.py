@@ -29,7 +29,8 @@ __all__ = ["Members", "RankLost", "World", "is_collective"]
 _MEET_S = 120.0
 """To wait for the other ranks at the start; torchrun has gathered their agents before."""
 _COLLECTIVE_S = 24 * 3600.0
-"""To wait in a collective. The watchdog ends a wait that is not honest, within seconds."""
+"""To wait in a collective. Inside steps the watchdog ends a wait that is not honest; outside them only one for a rank
+that has fallen silent."""
 _LEAD_FIRST_S = 1.0
 
 
@@ -206,10 +207,10 @@ class World:
 
     # -- what the watchdog is told
 
-    def enter(self, what: str, slowest_s: float | None = None) -> None:
+    def enter(self, what: str, slowest_s: float | None = None, *, apart: bool = True) -> None:
         """The main thread begins something (Watchdog.enter)."""
         if self._dog is not None:
-            self._dog.enter(what, slowest_s)
+            self._dog.enter(what, slowest_s, apart=apart)
 
     def advise(self, text: str) -> None:
         """Sets what the user is told to do if a rank is lost from here on."""
@@ -217,7 +218,10 @@ class World:
             self._dog.advice = text
 
     def waiting(self) -> AbstractContextManager[None]:
-        """The main thread waits for what needs the other ranks: one of them that is late is not this one's fault."""
+        """The main thread waits for what needs the other ranks: one of them that is late is not this one's fault.
+
+        Inside a step that has a limit (`enter`), all ranks together still have one.
+        """
         return self._dog.waiting() if self._dog is not None else nullcontext()
 
     @contextmanager

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 __all__ = ["Limits", "Store", "Watchdog"]
@@ -23,6 +23,8 @@ _FAILED = "failed"
 _DONE = "done"
 _HEARS = 3
 """Pulses within which a rank that is in contact with the store has heard from it."""
+_NAMED_FIRST = 5
+"""Pulses that a rank which is late by itself has for saying so, before those that wait say that nobody can be named."""
 _Turn = Literal["alone", "first", "another"]
 """Who tells the user: this rank, for it reaches nobody; whichever is the first to; another rank has."""
 
@@ -53,7 +55,21 @@ class Limits:
     """Without a sign of life: the rank, its machine or the network is gone. On a machine with eight processes for every
     core, honest ranks were silent for 10 s."""
     stuck_s: float = 20.0
-    """Least time that a rank may compute before it meets the others; three times its slowest step if that is more."""
+    """Least time that a rank may compute before it meets the others; three times its slowest step if that is more. All
+    together have five pulses longer: whoever waits for them, or for a device, cannot say whose fault it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Phase:
+    """What the main thread does; times are of the watchdog's own clock."""
+
+    what: str
+    own_until: float | None = None
+    """Until when this rank may compute; None: for as long as it likes, or it waits."""
+    all_until: float | None = None
+    """Until when all ranks must be through, this one's waiting included; None: no limit."""
+    all_s: float = 0.0
+    """How long that was."""
 
 
 class Watchdog:
@@ -82,8 +98,9 @@ class Watchdog:
         now = time.monotonic()
         self._contact = now
         self._seen: dict[int, tuple[bytes, float]] = {r: (b"", now) for r in range(len(who)) if r != rank}
-        self._phase: tuple[str, float | None] = ("beginning", None)
-        """What the main thread does, and until when it may."""
+        self._excused_s = 0.0
+        """How long this process, or another rank, was kept from running; the watching thread alone writes it."""
+        self._phase = _Phase(what="beginning")
         self._failure: dict[str, Any] | None = None
         """What another rank has said."""
         self._spoke = threading.Lock()
@@ -109,24 +126,30 @@ class Watchdog:
 
     # -- what the main thread says
 
-    def enter(self, what: str, slowest_s: float | None = None) -> None:
+    def enter(self, what: str, slowest_s: float | None = None, *, apart: bool = True) -> None:
         """The main thread begins something.
 
         Args:
             what: in words, for a message: "step 7".
             slowest_s: how long the longest of its kind has taken so far; None: it may take as long as it likes.
+            apart: outside `waiting` it needs no other rank, so one that is late there is late by itself.
         """
-        until = None if slowest_s is None else time.monotonic() + max(self._limits.stuck_s, 3 * slowest_s)
-        self._phase = (what, until)
+        if slowest_s is None:
+            self._phase = _Phase(what=what)
+            return
+        now, own_s = self._clock(), max(self._limits.stuck_s, 3 * slowest_s)
+        all_s = own_s + _NAMED_FIRST * self._limits.pulse_s
+        self._phase = _Phase(what=what, own_until=now + own_s if apart else None, all_until=now + all_s, all_s=all_s)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The main thread waits for other ranks: its own time stands still, theirs does not."""
-        what, until = self._phase
-        left = None if until is None else until - time.monotonic()
-        self._phase = (what, None)
+        """The main thread waits for other ranks, or for a device that may: its own time stands still, that of all does
+        not."""
+        before, began = self._phase, self._clock()
+        self._phase = replace(before, own_until=None)
         yield
-        self._phase = (what, None if left is None else time.monotonic() + left)
+        if before.own_until is not None:
+            self._phase = replace(before, own_until=before.own_until + self._clock() - began)
 
     def claim(self, text: str, code: int) -> bool:
         """Takes the word for all ranks; returns whether this rank is the first to fail, and so the one that speaks."""
@@ -141,7 +164,7 @@ class Watchdog:
 
     def wait_for_verdict(self) -> None:
         """A collective failed: stays until the threads know why and end the process, and no longer than they need."""
-        self._phase = (self._phase[0], None)
+        self._phase = _Phase(what=self._phase.what)
         time.sleep(self._limits.lost_s + 3 * self._limits.pulse_s)
 
     # -- the threads
@@ -178,6 +201,8 @@ class Watchdog:
             slept, last = now - last - period, now
             if slept > self._limits.pulse_s:  # this process was kept from running: it heard nobody, and cannot judge
                 self._forgive(slept)
+            elif self._silent(now):
+                self._excused_s += slept + period
             found = self._verdict(now)
             if found is not None:
                 text, code, turn = found
@@ -189,8 +214,16 @@ class Watchdog:
     def _forgive(self, seconds: float) -> None:
         self._contact += seconds
         self._seen = {rank: (value, at + seconds) for rank, (value, at) in self._seen.items()}
-        what, until = self._phase
-        self._phase = (what, None if until is None else until + seconds)
+        self._excused_s += seconds
+
+    def _clock(self) -> float:
+        """Stands still while this process or another rank is kept from running: that is no step's own slowness."""
+        return time.monotonic() - self._excused_s
+
+    def _silent(self, now: float) -> bool:
+        """Says whether another rank has given no sign of life lately, for which it may yet turn out to be lost."""
+        return any(now - at > _HEARS * self._limits.pulse_s and value != _DONE.encode()
+                   for value, at in self._seen.values())
 
     def _verdict(self, now: float) -> tuple[str, int, _Turn] | None:
         """Returns (sentence, exit code, who says it), or None while all is well."""
@@ -209,14 +242,19 @@ class Watchdog:
             return self._sentence(
                 f"No sign of life for {lost:.0f} s from {named}: killed, frozen, or cut off from the network"
             ), 1, "first"
-        what, until = self._phase
-        # FSDP waits for the others inside a pass: beside a rank that has fallen silent nobody is called stuck
-        silent = any(now - at > _HEARS * self._limits.pulse_s and value != _DONE.encode()
-                     for value, at in self._seen.values())
-        if until is not None and now > until and not silent:
+        return None if self._silent(now) else self._late(self._phase, now - self._excused_s)
+
+    def _late(self, phase: _Phase, clock: float) -> tuple[str, int, _Turn] | None:
+        if phase.own_until is not None and clock > phase.own_until:
             return self._sentence(
-                f"Rank {self._rank} ({self._who[self._rank]}) is stuck in {what}: it has been there for longer than "
-                f"{self._limits.stuck_s:.0f} s and three of its slowest steps, and the others wait for it"
+                f"Rank {self._rank} ({self._who[self._rank]}) is stuck in {phase.what}: it has been there for longer "
+                f"than {self._limits.stuck_s:.0f} s and three of its slowest steps, and the others wait for it"
+            ), 1, "first"
+        if phase.all_until is not None and clock > phase.all_until:
+            return self._sentence(
+                f"No rank finished {phase.what} in {phase.all_s:.0f} s, though all give signs of life: a kernel hangs "
+                "on a GPU, or a sum over the ranks does not end; on which rank is not to be told from here (a GPU's "
+                "own errors are the Xid lines of its machine's `dmesg`)"
             ), 1, "first"
         return None
 

@@ -167,7 +167,8 @@ class TrainingLoop:
         """
         self._began_s = time.perf_counter()
         step = self.state.step + 1
-        self.world.enter(f"step {step}", self._slowest_s)
+        # spread weights are gathered inside the passes: who is late there may wait for another rank
+        self.world.enter(f"step {step}", self._slowest_s, apart=self.plan.mode != "full")
         epoch, first, last = self.length.where(step)
         batches: list[MicroBatch] = []
         lr = learning_rate(
@@ -247,9 +248,8 @@ class TrainingLoop:
         for again in (False, True):
             try:
                 loss = self.engine.forward_backward(self._drawn(epoch, first, last, batches), supervised)
-                asked = torch.stack([loss.double(), self.engine.gradient_norm().double()])
                 with self.world.waiting():  # NCCL's sums are waited for here, not where they are asked for
-                    both: list[float] = asked.tolist()
+                    both: list[float] = torch.stack([loss.double(), self.engine.gradient_norm().double()]).tolist()
                 return both[0], both[1]
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if again or not is_out_of_memory(error) or not self.world.alone:

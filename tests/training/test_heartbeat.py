@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -116,19 +117,63 @@ def test_what_another_rank_has_said_is_not_said_again(rank: Rank) -> None:
     assert rank.code == 3
 
 
-def test_a_rank_that_stays_in_a_step_is_stuck_and_waiting_does_not_count(rank: Rank) -> None:
+def test_a_rank_that_stays_in_a_step_is_stuck(rank: Rank) -> None:
     rank.dog.enter("step 9", slowest_s=0.01)
     with rank.dog.waiting():
-        began = time.monotonic()
-        rank.other_lives(lambda: time.monotonic() - began > 2 * LOST)
-    assert not rank.said
+        pass
     rank.other_lives(rank.left.is_set)
     assert "Rank 0 (process 1 on a) is stuck in step 9" in rank.said[0][0]
 
 
+def test_waiting_in_a_step_has_an_end_that_blames_nobody(rank: Rank) -> None:
+    rank.dog.advice = "checkpoint-7 is whole"
+    rank.dog.enter("step 9", slowest_s=0.01)
+    with rank.dog.waiting():
+        rank.other_lives(rank.left.is_set)
+    ((text, _),) = rank.said
+    assert text.startswith("No rank finished step 9 in 1 s, though all give signs of life: ")
+    assert text.endswith("All 2 ranks stop; checkpoint-7 is whole.")
+    assert rank.code == 1
+
+
+def test_time_spent_waiting_is_not_the_ranks_own(rank: Rank) -> None:
+    rank.dog.enter("step 9", slowest_s=0.01)
+    with rank.dog.waiting():
+        began = time.monotonic()
+        rank.other_lives(lambda: time.monotonic() - began > LOST / 2)
+    rank.other_lives(rank.left.is_set)
+    assert "No rank finished step 9" in rank.said[0][0]
+
+
+def test_who_may_wait_for_others_anywhere_in_a_step_is_not_named(rank: Rank) -> None:
+    rank.dog.enter("step 9", slowest_s=0.01, apart=False)
+    rank.other_lives(rank.left.is_set)
+    assert "No rank finished step 9" in rank.said[0][0]
+
+
+def test_what_has_no_limit_has_none_while_it_waits(rank: Rank) -> None:
+    rank.dog.enter("what follows step 9")
+    with rank.dog.waiting():
+        began = time.monotonic()
+        rank.other_lives(lambda: time.monotonic() - began > 3 * LOST)
+    assert not rank.said
+    rank.dog.stop()
+
+
+def test_the_time_in_which_another_rank_was_silent_is_given_back(rank: Rank) -> None:
+    began = time.monotonic()
+    rank.other_lives(lambda: time.monotonic() - began > 2 * PULSE)
+    began = time.monotonic()
+    rank.dog.enter("step 9", slowest_s=0.01)
+    time.sleep(0.8 * LOST)
+    rank.other_lives(rank.left.is_set)
+    assert "is stuck in step 9" in rank.said[0][0]
+    assert time.monotonic() - began > 1.3 * LOST
+
+
 def test_who_waits_for_a_silent_rank_inside_a_pass_is_not_stuck(rank: Rank) -> None:
     rank.dog.enter("step 9", slowest_s=0.01)
-    rank.dog._phase = ("step 9", time.monotonic() + LOST / 2)  # before the other's silence has lasted long enough
+    rank.dog._phase = replace(rank.dog._phase, own_until=time.monotonic() + LOST / 2)  # before the silence lasts enough
     assert rank.left.wait(30)
     assert "No sign of life" in rank.said[0][0]
 

@@ -38,6 +38,14 @@ FAULT_STEP = 4
 CLONE_NEWNET = 0x40000000
 
 
+class NeverRead(torch.Tensor):
+    """What a hung kernel or a sum that never ends would write: reading it waits for ever, asking for it does not."""
+
+    def tolist(self) -> list[float]:
+        time.sleep(600)
+        raise AssertionError("the test is over before")
+
+
 def faulty(case: dict[str, Any], rank: int) -> Callable[[TrainingLoop], None] | None:
     """Returns what `rank` does in the middle of step FAULT_STEP."""
     if rank != case["rank"]:
@@ -48,6 +56,8 @@ def faulty(case: dict[str, Any], rank: int) -> Callable[[TrainingLoop], None] | 
         return lambda loop: os.kill(os.getpid(), signal.SIGSTOP)
     if case["fault"] == "stuck":
         return lambda loop: time.sleep(600)
+    if case["fault"] == "hung":  # passes and sums were asked for, and the device never gets to their end
+        return lambda loop: setattr(loop.engine, "gradient_norm", lambda: torch.zeros(()).as_subclass(NeverRead))
     if case["fault"] == "cut":  # the cable between the two machines is pulled
         cut = ["ip", "-n", case["namespaces"][rank], "link", "set", case["links"][rank], "down"]
         return lambda loop: subprocess.run(cut, check=True) and None

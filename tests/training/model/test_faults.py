@@ -33,6 +33,8 @@ FAULTS = {
     "first-killed": ("killed", 0, "full", "No sign of life for 15 s from rank 0 (process"),
     "frozen": ("frozen", 1, "full", "No sign of life for 15 s from rank 1 (process"),
     "stuck": ("stuck", 1, "lora", "is stuck in step 4"),
+    "hung": ("hung", 1, "lora", "No rank finished step 4 in 20 s"),
+    "hung-spread": ("stuck", 0, "full", "No rank finished step 4 in 20 s"),
     "refused": ("refused", 1, "lora", "The disk of rank 1 said no."),
 }
 FAULT_STEP = 4
@@ -86,7 +88,7 @@ def test_all_ranks_stop_with_one_sentence_and_a_checkpoint(
     frozen = fault == "frozen"
     assert set(ended[name]) == {"0", "1"} - ({str(rank)} if frozen else set())
     codes = {int(r): int(code) for r, (code, _) in ended[name].items()}
-    assert codes.get(rank) == {"killed": -9, "frozen": None, "stuck": 1, "refused": 1}[fault]
+    assert codes.get(rank) == {"killed": -9, "frozen": None, "stuck": 1, "hung": 1, "refused": 1}[fault]
     assert codes[1 - rank] == 1
     (sentence,) = said(folder, name)
     assert words in sentence
