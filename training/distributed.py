@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -93,6 +93,8 @@ class World:
     limits: Limits = field(default_factory=Limits)
     sent_bytes: int = 0
     """Bytes that this rank put on the link for gradients, as a ring sends them: 2 (n - 1) / n of what is summed."""
+    network: str = ""
+    """One sentence: by which interface this rank meets those of other machines; empty where there are none."""
     _dog: Watchdog | None = None
 
     @property
@@ -127,8 +129,7 @@ class World:
             return
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if self.size > self.members.local_size:
-            with suppress(PreflightError):  # a name that only the cluster's own software resolves: it has set these
-                name_interfaces(self.members.host, os.environ)
+            self.network = _network(self.members.host)
         try:
             dist.init_process_group(
                 backend, timeout=timedelta(seconds=_MEET_S), rank=self.rank, world_size=self.size
@@ -138,7 +139,8 @@ class World:
             raise PreflightError(
                 f"Rank {self.rank} should meet {self.size - 1} others at {self.members.host}:{self.members.port}; it "
                 f"did not: {_first_line(error)}. Look at the other ranks' messages, at the address, and on several "
-                "machines at GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, which should name the interface between them."
+                "machines at GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, which should name the interface between them. "
+                f"{self.network}".rstrip()
             ) from error
         # No public name yet; without it a long wait for rank 0 (tokenising, writing) would end the run.
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=_COLLECTIVE_S))
@@ -332,6 +334,20 @@ def is_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "closed by peer"))
     )
+
+
+def _network(host: str) -> str:
+    """Names the interfaces where nobody has, and says which they are."""
+    why = ""
+    try:
+        name_interfaces(host, os.environ)
+    except PreflightError as error:  # or a name that only the cluster's own software resolves: it has set these
+        why = str(error)
+    named = [f"{v}={os.environ[v]}" for v in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if os.environ.get(v)]
+    if len(named) == 2:
+        return f"Between the machines: {', '.join(named)}."
+    left = "gloo and NCCL choose" if not named else f"{named[0]}, and the other of gloo and NCCL chooses"
+    return f"Between the machines: {left} an interface for want of a name. {why}"
 
 
 def _first_line(error: BaseException) -> str:

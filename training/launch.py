@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,14 +65,22 @@ class Node:
 def name_interfaces(host: str, env: dict[str, str] | os._Environ[str]) -> str:
     """Tells gloo and NCCL which interface leads to machine 0, unless somebody has; returns its name.
 
-    Both would take the first that is up, which is not the cable.
+    Both would take the first that is up, which is not the cable. The loopback interface is named only where its address
+    itself was given: machine 0's own name leads there too (Debian's /etc/hosts), and no other machine comes in by it.
 
     Raises:
-        PreflightError: no interface leads there.
+        PreflightError: no interface leads there that other machines could reach.
     """
-    name = interface_to(address_of(host))
+    first = address_of(host)
+    every = [str(found[4][0]) for found in socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)]
+    names = [name for address in (first, *every) if (name := interface_to(address)) is not None]
+    name = next((name for name in names if name != "lo" or host == first), None)
     if name is None:
-        raise PreflightError(f"No network interface leads to {host}, where the machines should meet. See `ip route`.")
+        where = "only this machine's loopback interface leads" if names else "no network interface leads"
+        raise PreflightError(
+            f"{host}, where the machines should meet: {where} there. Give its address on the link between them, or "
+            "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; see `ip route`."
+        )
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         env.setdefault(variable, name)
     return name

@@ -140,6 +140,8 @@ class TrainingLoop:
             SparktuneError: a step must not be learned from, a gradient is missing, or the disk refused.
         """
         self.stop.looping = True
+        if self.world.network:
+            self.say(self.world.network)
         if self.state.step == 0 or self.state.pending:
             self._after_step()
         while self.state.step < self.length.total_steps and not self._out_of_patience():
