@@ -28,7 +28,7 @@ from sparktune.setup.machine.check import Check, failures
 from sparktune.setup.machine.detect import detect_machine
 from sparktune.setup.machine.docker_backend import DockerBackend, ImageOptions
 from sparktune.setup.machine.doctor import machine_checks, run_checks
-from sparktune.setup.plan.config import load_plan, save_plan
+from sparktune.setup.plan.config import load_plan, save_plan, settle_peers
 from sparktune.setup.plan.errors import ExitCode, PreflightError, SparktuneError, UsageError
 from sparktune.setup.plan.exports import check_exports
 from sparktune.setup.plan.memory import check_fits
@@ -312,9 +312,13 @@ def resume_pipeline(
         if backend is not None:
             plan = plan.model_copy(update={"backend": backend})
         if changes:
-            origins = {**plan.origins, **dict.fromkeys(changes, "flag")}
+            origins = {**plan.origins, **dict.fromkeys([*changes, *(["backend"] if backend else [])], "flag")}
             anew = {"ranks": 0} if {"gpus", "peers"} & set(changes) else {}
             plan = Plan.model_validate({**plan.model_dump(), **changes, **anew, "origins": origins})
+            if "peers" in changes:
+                if backend != "local":  # what the plan says of it was said for this machine alone
+                    plan.backend = "docker" if plan.peers else plan.backend
+                settle_peers(plan)
             refuse_ranks(plan, plan.processes)
         run = RunDir.from_root(root, plan.output)
         preflight(_for_those_needed(plan, run, only), display, machine_checks)
@@ -352,10 +356,21 @@ def show_result(plan: Plan, run: RunDir, json_out: bool) -> None:
 
 
 def _for_those_needed(plan: Plan, run: RunDir, only: str | None) -> Plan:
-    """Returns the plan without other machines once training is done: they may be switched off, or somebody else's."""
-    if not plan.peers or only == "train" or "train" not in RunState(run).stages:
-        return plan
-    return plan.model_copy(update={"peers": []})
+    """Returns the plan without other machines where nothing is trained: they may be off, or somebody else's."""
+    trains = only == "train" if only else not _is_trained(plan, run)
+    return plan if trains or not plan.peers else plan.model_copy(update={"peers": []})
+
+
+def _is_trained(plan: Plan, run: RunDir) -> bool:
+    """Says whether training and what it stands on are done and unchanged, as `_run_stages` will find them."""
+    state = RunState(run)
+    before: list[str] = []
+    for stage in ("prepare", "train"):
+        output_hash = fingerprint(outputs_of(stage, run, plan))
+        if output_hash is None or not state.done(stage, stage_input(stage, plan, before), output_hash):
+            return False
+        before.append(output_hash)
+    return True
 
 
 def _run_stages(

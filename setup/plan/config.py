@@ -28,7 +28,7 @@ from sparktune.setup.plan.template import SECTIONS, read_template
 from sparktune.setup.plan.trainable import refuse_ranks
 from sparktune.setup.plan.untrusted import excerpt
 
-__all__ = ["ENV_PREFIX", "SAID", "load_plan", "read_config", "resolve", "save_plan"]
+__all__ = ["ENV_PREFIX", "SAID", "load_plan", "read_config", "resolve", "save_plan", "settle_peers"]
 
 ENV_PREFIX = "SPARKTUNE_"
 _SHOWN_KEYS = 10
@@ -379,13 +379,17 @@ def resolve(
     plan.origins = {f: origins.get(f, "default") for f in Plan.model_fields if f not in _BOOKKEEPING}
     _check_implied(plan)
     _check_places(plan)
-    _check_peers(plan)
+    settle_peers(plan)
     refuse_ranks(plan, plan.processes)
     return plan
 
 
-def _check_peers(plan: Plan) -> None:
-    """Several machines train in containers, so that all run the same software."""
+def settle_peers(plan: Plan) -> None:
+    """Gives a plan for several machines its backend: they train in containers, so that all run the same software.
+
+    Raises:
+        UsageError: its backend is local.
+    """
     if plan.peers and plan.backend == "local":
         raise UsageError(
             f"{flag_of('peers')} ({plan.origins['peers']}) trains in containers, the same image on every machine, but "

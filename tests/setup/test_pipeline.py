@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -465,6 +466,48 @@ def test_once_training_is_done_the_other_machines_are_not_needed(
     assert resume(plan)[0] == 0
     assert machines.wanted == [[], []], "checks and stages alike"
     assert backend.calls().count("train") == 1
+
+
+@pytest.mark.parametrize("what", ["adapter", "data"])
+def test_training_that_runs_again_has_its_other_machines(
+    plan: Plan, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The adapter was removed, or other rows are there: what decides that it runs decides who takes part."""
+    plan = plan.model_copy(update={"peers": ["192.168.100.2"]})
+    machines = Machines(backend, monkeypatch)
+    assert run(plan)[0] == 0
+    if what == "adapter":
+        shutil.rmtree(RunDir(name="one", results_root=plan.results, output_root=plan.output).adapter)
+    else:
+        assert plan.data is not None
+        plan.data.write_text(plan.data.read_text() + "\n")
+    machines.wanted.clear()
+    assert resume(plan)[0] == 0
+    assert machines.wanted == [["192.168.100.2"]] * 2
+    machines.wanted.clear()
+    assert resume(plan, only="evaluate")[0] == 0
+    assert machines.wanted == [[], []]
+
+
+def test_a_second_machine_for_a_run_that_was_begun_without_an_image(
+    plan: Plan, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan.model_copy(update={"backend": "local", "gradient_accumulation": 2, "origins": {
+        **plan.origins, "gradient_accumulation": "flag"}})
+    machines = Machines(backend, monkeypatch)
+    backend.behave({"train": {"code": 1}})
+    assert run(plan)[0] == 1
+    backend.behave({})
+    machines.wanted.clear()
+    code, said = resume(plan, changes={"peers": ["192.168.100.2"]}, backend="local")
+    assert code == 2
+    assert "--backend is local (flag)" in said
+    assert load_plan(plan.results / "one" / "plan.yaml").peers == []
+    code, said = resume(plan, changes={"peers": ["192.168.100.2"]})
+    assert code == 0, said
+    assert machines.wanted == [["192.168.100.2"]] * 2
+    saved = load_plan(plan.results / "one" / "plan.yaml")
+    assert (saved.peers, saved.backend) == (["192.168.100.2"], "docker")
 
 
 def test_a_run_whose_second_machine_is_gone_goes_on_alone(
