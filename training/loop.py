@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -383,12 +383,11 @@ class TrainingLoop:
             return
         began = time.perf_counter()
         engine_state = self.engine.state()
-        damaged = damaged_tensors(engine_state)
-        if found := int(self.world.sums([len(damaged)])[0]):
+        if damaged := self._damaged_anywhere(engine_state):
+            tensors = "1 tensor holds" if len(damaged) == 1 else f"{len(damaged)} tensors hold"
             raise SparktuneError(
-                f"After step {self.state.step} {found} tensors hold NaN or infinity"
-                f"{': ' + some(damaged) if damaged else ', on other ranks'}. No "
-                f"checkpoint was made of them; {self.still_good()}. Lower --learning-rate or try --dtype float32."
+                f"After step {self.state.step} {tensors} NaN or infinity: {some(damaged)}. No checkpoint was made of "
+                f"them; {self.still_good()}. Lower --learning-rate or try --dtype float32."
             )
         self.state.metrics_bytes, self.state.samples_bytes = self.log.sync()
         path = self.run.checkpoint(self.state.step)
@@ -405,6 +404,12 @@ class TrainingLoop:
         self.state.save_bytes_per_s = size_of(path) / (time.perf_counter() - began)
         self.world.advise(f"{path.name} is whole: python train.py --resume-from-checkpoint {path}")
         self.say(f"step {self.state.step}: saved {path.name}")
+
+    def _damaged_anywhere(self, engine_state: Mapping[str, torch.Tensor]) -> list[str]:
+        """Returns the names of damaged tensors, each once: several ranks may hold it whole, or rows of it."""
+        here = set(damaged_tensors(engine_state))  # names come in the same order on every rank
+        bad = self.world.largest(torch.tensor([name in here for name in engine_state], dtype=torch.uint8)).tolist()
+        return [name for name, is_bad in zip(engine_state, bad, strict=True) if is_bad]
 
     def _take_best(self) -> None:
         """With early stopping, the result is the evaluation that was best, not the last one."""

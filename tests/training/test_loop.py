@@ -462,9 +462,25 @@ def test_damaged_weights_are_no_rows_fault_and_never_become_a_checkpoint(tmp_pat
             result = load_file(tmp_path / name / "toy" / "adapter" / "adapter_model.safetensors")["table"]
             assert result.isfinite().all()
     (tmp_path / "c").mkdir()
-    with pytest.raises(SparktuneError, match=r"After step 7 1 tensors hold NaN or infinity: master.table. No"):
+    with pytest.raises(SparktuneError, match=r"After step 7 1 tensor holds NaN or infinity: master.table. No"):
         make_loop(tmp_path / "c", engine=Damaged(after=7, by=math.inf), held_out=False, save_steps=7).run_to_end()
     assert not cp.checkpoints_of(tmp_path / "c" / "toy")
+
+
+@pytest.mark.parametrize(("there", "said"), [
+    ({"master.table"}, "1 tensor holds NaN or infinity: master.table. No"),
+    ({"exp_avg.table"}, "2 tensors hold NaN or infinity: master.table, exp_avg.table. No"),
+])
+def test_a_tensor_that_is_damaged_on_two_ranks_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: set[str], said: str
+) -> None:
+    engine = Damaged(after=7, by=math.inf)
+    others = torch.tensor([name in there for name in engine.state()], dtype=torch.uint8)
+    loop = make_loop(tmp_path, engine=engine, held_out=False, save_steps=7)
+    monkeypatch.setattr(loop.world, "largest", lambda values: torch.maximum(values, others) if engine.steps >= 7 else
+                        values)
+    with pytest.raises(SparktuneError, match=rf"After step 7 {said}"):
+        loop.run_to_end()
 
 
 def test_a_micro_batch_without_a_target_is_named(tmp_path: Path) -> None:
