@@ -223,6 +223,20 @@ def _weights_are_here(plan: Plan, log: _SharedLog, on_poll: Callable[[], None], 
     return True
 
 
+def _unwritable(peer: Peer, path: str) -> PreflightError:
+    return PreflightError(
+        f"On {peer.host} user {peer.uid} should be able to write {path}, which a run reads and which differs from this "
+        f"machine's; it may not. Give that folder to the user over there: sudo chown {peer.uid}:{peer.gid} "
+        f"{os.path.dirname(path)}"
+    )
+
+
+def _interface(found: Mapping[str, Any], peer: Peer, address: str) -> str:
+    if found["interface"] is None or not found["interface"]["up"]:
+        raise PreflightError(f"On {peer.host} no interface that is up leads to {address}. See `ip route` there.")
+    return str(found["interface"]["name"])
+
+
 class BoxesBackend(DockerBackend):
     """Runs the stage `train` on this machine and on the plan's peers, and every other stage here."""
 
@@ -355,7 +369,7 @@ class BoxesBackend(DockerBackend):
         }
         open_options.pop("device_requests", None)  # a look needs no GPU
         make_folders(peer, folders)
-        container, found = look(client, open_options, asked, peer.host)
+        container, found = look(client, open_options, {**asked, "clear": paths}, peer.host)
         try:
             if found["new"]:
                 self._give(client, open_options, found["new"], peer)
@@ -366,35 +380,48 @@ class BoxesBackend(DockerBackend):
                 )
             with at_home("read what a run reads"):
                 own = known_files(paths)
-            lacking = []
-            for root in paths:
-                below = [path for path in own if path == root or path.startswith(root + "/")]
-                wrong = [path for path in below if found["files"].get(path) != own[path]]
-                if not wrong:
-                    continue
-                base = mounted_above(root, options["volumes"])
-                log.line(f"{peer.host} gets {len(wrong)} files of {root}".encode())
-                send_files(container, base, {str(Path(p).relative_to(base)): own[p][0] == "link" for p in wrong}, peer,
-                           lambda event: on_poll(), lambda: stop.count > 0)
-                lacking += wrong
-            if lacking or found["new"]:
-                container.remove(force=True)
+            lacking = [path for path in own if found["files"].get(path) != own[path]]
+            for path in lacking:  # a file gets its name as the user; folders below a mount are sent with their owner
+                if own[path][0] != "link" and os.path.dirname(path) in found["closed"]:
+                    raise _unwritable(peer, path)
+            if not lacking and not found["new"]:
+                return _interface(found, peer, address)
+            with self._cleared_after_failure(peer, open_options, asked):
+                for root in paths:
+                    wrong = [path for path in lacking if path == root or path.startswith(root + "/")]
+                    if not wrong:
+                        continue
+                    base = mounted_above(root, options["volumes"])
+                    log.line(f"{peer.host} gets {len(wrong)} files of {root}".encode())
+                    names = {str(Path(path).relative_to(base)): own[path][0] == "link" for path in wrong}
+                    send_files(container, base, names, peer, lambda event: on_poll(), lambda: stop.count > 0)
+                with answering(peer.host):
+                    container.remove(force=True)
                 container, found = look(client, open_options, {**asked, "finish": lacking}, peer.host)
                 if unfinished := found["unfinished"]:
-                    raise PreflightError(
-                        f"On {peer.host} user {peer.uid} should be able to write {unfinished[0]}, which a run reads "
-                        "and which differs from this machine's; it may not. Give that folder to the user over there: "
-                        f"sudo chown {peer.uid}:{peer.gid} {os.path.dirname(unfinished[0])}"
-                    )
+                    raise _unwritable(peer, unfinished[0])
                 if still := [path for path in lacking if found["files"].get(path) != own[path]]:
                     raise PreflightError(f"{still[0]} was sent to {peer.host} and is another file there. Is its disk "
                                          "sound, and does nobody else write there?")
+            return _interface(found, peer, address)
         finally:
             with suppress(Exception):  # already gone, or the engine is
                 container.remove(force=True)
-        if found["interface"] is None or not found["interface"]["up"]:
-            raise PreflightError(f"On {peer.host} no interface that is up leads to {address}. See `ip route` there.")
-        return str(found["interface"]["name"])
+
+    @contextmanager
+    def _cleared_after_failure(
+        self, peer: Peer, options: Mapping[str, Any], asked: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Leaves no half of a file over there when sending fails or is stopped; the next start looks for them too."""
+        try:
+            yield
+        except BaseException:
+            clear = {"files": [], "written": [], "towards": asked["towards"], "clear": asked["files"]}
+            with suppress(Exception):  # it went away
+                container, _ = look(self._clients[peer.host], {**options, "name": f"{options['name']}-clear"}, clear,
+                                    peer.host)
+                container.remove(force=True)
+            raise
 
     def _give(self, client: Any, options: Mapping[str, Any], folders: list[str], peer: Peer) -> None:
         """Gives folders that its engine has just made, which belong to root and are empty, to the peer's user."""

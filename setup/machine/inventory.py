@@ -3,7 +3,8 @@
     python -m sparktune.setup.machine.inventory '{"files": [...], "written": [...], "towards": "192.168.100.1"}'
 
 Run in a container of each machine, with the folders of a run mounted where they are; the answer is one line of JSON.
-`finish` may name files that were sent: they get their names first.
+`finish` may name files that were sent: they get their names first. Below `clear`, what was sent and has no name
+yet is removed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,29 +53,56 @@ def _digest(path: Path, size: int) -> str:
 def known_files(paths: Iterable[str]) -> dict[str, list[Any]]:
     """Returns path -> [size, digest] of every file at or below `paths`; a link is ["link", where it leads].
 
-    A link that leads out of its folder counts as what it leads to: a snapshot of the hub's cache is links to blobs
-    beside it. What is not there has no entry.
+    A link that leads out of its folder counts as what it leads to, be it a file or a folder: a snapshot of the hub's
+    cache is links to blobs beside it. What is not there has no entry, nor has what is still being sent.
     """
     found: dict[str, list[Any]] = {}
-
-    def note(path: Path, root: Path | None) -> None:
-        if root is not None and path.is_symlink() and path.resolve().is_relative_to(root.resolve()):
-            found[str(path)] = ["link", os.readlink(path)]
-        elif path.is_file():
-            size = path.stat().st_size
-            found[str(path)] = [size, _digest(path, size)]
-
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            for folder, folders, files in os.walk(path):
-                folders.sort()
-                links = [name for name in folders if (Path(folder) / name).is_symlink()]
-                for name in sorted([*files, *links]):
-                    note(Path(folder) / name, path)
-        else:
-            note(path, None)
+            _note_folder(path, (), found)
+        elif path.is_file():
+            _note_file(path, found)
     return found
+
+
+def _note_file(path: Path, found: dict[str, list[Any]]) -> None:
+    size = path.stat().st_size
+    found[str(path)] = [size, _digest(path, size)]
+
+
+def _note_folder(root: Path, above: tuple[Path, ...], found: dict[str, list[Any]]) -> None:
+    """Notes what lies at or below a folder; `above` are the folders whose links led here, none of which is entered."""
+    real = root.resolve()
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in sorted([*files, *links]):
+            path = Path(folder) / name
+            target = Path(os.path.realpath(path)) if path.is_symlink() else path
+            if path.is_symlink() and target.is_relative_to(real) and _leads_there_too(path, root):
+                found[str(path)] = ["link", os.readlink(path)]
+            elif path.is_dir():
+                if not any(entered.is_relative_to(target) for entered in (*above, real)):
+                    _note_folder(path, (*above, real), found)
+            elif path.is_file() and not name.endswith(PARTIAL):
+                _note_file(path, found)
+
+
+def _leads_there_too(link: Path, root: Path) -> bool:
+    """Says whether a link leads to the same place where `root` lies at its path, but is no link to another."""
+    leads = os.readlink(link)
+    return not os.path.isabs(leads) or Path(leads).is_relative_to(root)
+
+
+def _clear(paths: Iterable[str]) -> None:
+    """Removes files that a start before this one began to send."""
+    for text in paths:
+        path = Path(text)
+        left = [Path(text + PARTIAL)] if not path.is_dir() else list(path.rglob("*" + PARTIAL))
+        for partial in left:
+            with suppress(OSError):  # somebody else's folder: what is sent there is refused with its name
+                partial.unlink()
 
 
 def inventory(
@@ -86,16 +115,21 @@ def inventory(
         written: folders that a run writes to.
         towards: address of the machine whose link counts.
         given: folders that files may be sent to.
+
+    Of `written` and `given`, `new` are empty and root's, as an engine makes them; `closed` are other people's.
     """
     folders = [Path(folder) for folder in written]
     refused = [str(p) for p in folders if not os.access(p, os.W_OK | os.X_OK)]
     mounts = {*given, *map(str, folders)}
-    closed = [*refused, *sorted(folder for folder in mounts if not os.access(folder, os.W_OK | os.X_OK))]
+    closed = dict.fromkeys(
+        [*refused, *sorted(folder for folder in mounts if not os.access(folder, os.W_OK | os.X_OK))])
+    new = [folder for folder in closed if os.stat(folder).st_uid == 0 and _holds_only(folder, mounts)]
     name = interface_to(towards)
     return {
         "files": known_files(files),
         "refused": refused,
-        "new": [f for f in dict.fromkeys(closed) if os.stat(f).st_uid == 0 and _holds_only(f, mounts)],
+        "new": new,
+        "closed": [folder for folder in closed if folder not in new],
         "disk_gib": round(min((shutil.disk_usage(existing_parent(p)).free for p in folders), default=0) / 2**30, 2),
         "memory_gib": round(host_memory_gib(), 2),
         "interface": None if name is None else asdict(interface_of(name)),
@@ -115,6 +149,7 @@ def _holds_only(folder: str, mounts: set[str]) -> bool:
 def main() -> int:
     """Prints the inventory that the one argument asks for."""
     asked = json.loads(sys.argv[1])
+    _clear(asked.get("clear", ()))
     unfinished = []
     for path in asked.get("finish", ()):
         if os.path.isfile(path + PARTIAL):  # not a link, which is sent as such

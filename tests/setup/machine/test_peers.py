@@ -251,7 +251,43 @@ def test_a_folder_that_an_engine_made_is_given_to_the_user(tmp_path: Path, monke
     real = os.stat
     monkeypatch.setattr(os, "stat", lambda path, **more: SimpleNamespace(st_uid=0) if path in (work, one, theirs)
                         else real(path, **more))
-    assert set(inventory([], [one], "127.0.0.1", [work, theirs])["new"]) == {work, one}
+    found = inventory([], [one], "127.0.0.1", [work, theirs])
+    assert set(found["new"]) == {work, one}
+    assert found["closed"] == [theirs], "nothing can be sent there"
+
+
+def test_a_folder_that_is_a_link_is_sent_as_what_it_leads_to(tmp_path: Path) -> None:
+    """Inside the base a link stays one; out of it leads to what the other machine need not have."""
+    base, other = tmp_path / "base", tmp_path / "other"
+    for folder in (base / "own", other / "deep"):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(folder.name)
+    (base / "inside").symlink_to("own")
+    (base / "there").symlink_to(other)
+    (other / "here").symlink_to("deep")
+    (other / "absolute").symlink_to(other / "deep")
+    (other / "back").symlink_to(base)
+    (base / "up").symlink_to("..")
+    (base / "loop").symlink_to("loop")
+    assert {path.removeprefix(f"{base}/"): value[0] for path, value in known_files([str(base)]).items()} == {
+        "own/file": 3, "inside": "link", "there/deep/file": 4, "there/here": "link", "there/absolute/file": 4,
+        "loop": "link",
+    }
+
+
+def test_what_an_earlier_start_began_to_send_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base" / "deep").mkdir(parents=True)
+    for name in ("base/deep/model", "base/deep/model" + PARTIAL, "rows" + PARTIAL, "other" + PARTIAL):
+        (tmp_path / name).write_text("half")
+    paths = [str(tmp_path / "base"), str(tmp_path / "rows")]
+    assert list(known_files(paths)) == [str(tmp_path / "base/deep/model")], "a half is no input"
+    asked = {"files": paths, "written": [], "towards": "127.0.0.1", "clear": paths}
+    monkeypatch.setattr("sys.argv", ["inventory", json.dumps(asked)])
+    assert main() == 0
+    assert capsys.readouterr().out.startswith(MARK)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"model", "other" + PARTIAL}
 
 
 def test_files_are_told_apart_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,7 +567,8 @@ class FarEngine:
     """An engine over there that makes, as root, every folder to mount that is missing. Notes what it is asked to do."""
 
     def __init__(self, roots: set[str]) -> None:
-        self.roots, self.closed, self.holds, self.done = roots, "", set(), []
+        self.roots, self.holds, self.done = roots, set(), []
+        self.closed, self.late, self.cut = "", "", ""
         self.containers = self
 
     def create(self, **options: Any) -> FarEngine.Box:
@@ -552,13 +589,16 @@ class FarEngine:
                 return
             asked = json.loads(command[-1])
             assert self.options["user"] == "23456:23457"
-            self.engine.done.append(("looked",))
-            seen = [*asked["written"], *asked["given"]]
-            unfinished = [path for path in asked.get("finish", ()) if self.engine.closed and
-                          path.startswith(self.engine.closed)]
+            seen = [*asked["written"], *asked.get("given", ())]
+            if seen:
+                self.engine.done.append(("looked",))
+            if "clear" in asked:
+                self.engine.done.append(("cleared", self.options["name"], asked["clear"]))
+            unfinished = [path for path in asked.get("finish", ()) if path.startswith(self.engine.late or "none")]
             self.answer = {
                 "files": known_files(self.engine.holds), "refused": [f for f in asked["written"] if f in
                 self.engine.roots], "new": sorted(set(seen) & self.engine.roots), "unfinished": unfinished,
+                "closed": [self.engine.closed],
                 "interface": {"name": "far0", "up": True, "megabits": None},
             }
 
@@ -573,6 +613,8 @@ class FarEngine:
             with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
                 sent = [m for m in archive.getmembers() if m.isfile()]
             assert {(m.uid, m.gid) for m in sent} == {(23456, 23457)}
+            if folder == self.engine.cut:
+                raise requests.exceptions.ConnectionError("cable")
             self.engine.done.append(("sent", folder))
             self.engine.holds |= {f"{folder}/{m.name.removesuffix(PARTIAL)}" for m in sent}
 
@@ -612,8 +654,9 @@ def test_folders_that_the_far_engine_made_belong_to_its_user_before_files_are_se
     made = {str(tmp_path / name) for name in ("results/r", "output", "data", "base")}
     engine = FarEngine(set(made))
     assert equip(engine) == "far0"
-    assert engine.done[:2] == [("looked",), ("given", "23456:23457", sorted(made))]
-    assert sorted(engine.done[2:-1]) == [("sent", str(tmp_path / name)) for name in ("base", "data", "results/r")]
+    assert [step[0] for step in engine.done[:3]] == ["looked", "cleared", "given"], "what an earlier start left is gone"
+    assert engine.done[2] == ("given", "23456:23457", sorted(made))
+    assert sorted(engine.done[3:-1]) == [("sent", str(tmp_path / name)) for name in ("base", "data", "results/r")]
     assert engine.done[-1] == ("looked",), "and what was sent is what is here"
 
 
@@ -624,6 +667,23 @@ def test_a_folder_over_there_that_is_somebody_elses_is_said_with_its_cure(
     engine.closed = str(tmp_path / "data")
     with pytest.raises(PreflightError, match=f"sudo chown 23456:23457 {engine.closed}$"):
         equip(engine)
+    assert "sent" not in [step[0] for step in engine.done], "before gigabytes are"
+    engine.holds = {f"{engine.closed}/rows.jsonl"}
+    assert equip(engine) == "far0", "where nothing has to go there it may stay closed"
+
+
+@pytest.mark.parametrize(("field", "words"), [("late", "sudo chown 23456:23457"), ("cut", "^b or its Docker engine")])
+def test_halves_of_files_do_not_stay_over_there(
+    equip: Callable[[FarEngine], str], tmp_path: Path, field: str, words: str
+) -> None:
+    engine = FarEngine(set())
+    setattr(engine, field, str(tmp_path / "data"))
+    with pytest.raises(PreflightError, match=words):
+        equip(engine)
+    read = [str(tmp_path / name) for name in ("results/r/plan.yaml", "data/rows.jsonl", "base")]
+    assert [step for step in engine.done if step[0] == "cleared"] == [
+        ("cleared", "train-inputs", read), ("cleared", "train-inputs-clear", read)]
+    assert engine.done[-1][0] == "cleared"
 
 
 @pytest.mark.parametrize("answer", ["here", "refused", "stopped"])
