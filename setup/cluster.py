@@ -130,9 +130,8 @@ def _skypilot(plan: Plan, name: str, nodes: int, spec: ModelSpec) -> str:
             there = f"sparktune-{field.replace('_', '-')}/{path.name}"  # a folder each: both may be called rows.jsonl
             mounts[f"~/{there}"] = str(path.absolute())
             moved[field] = Path(_AWAY) / there
-    for field, folder in (("model", plan.model), ("mtp_head", plan.mtp_head)):
-        if folder is not None and Path(folder).is_dir():
-            mounts[f"~/sparktune-{field.replace('_', '-')}"] = os.path.abspath(folder)
+    if Path(plan.model).is_dir():
+        mounts["~/sparktune-model"] = os.path.abspath(plan.model)
     words = training_words(plan.model_copy(update={**moved, "results": Path("results"), "output": Path("output")}))
     here = {local: f"{_AWAY}/{there.removeprefix('~/')}" for there, local in mounts.items()}
     words = [here.get(word, word) for word in words]

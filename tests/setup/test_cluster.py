@@ -96,15 +96,19 @@ def test_a_run_that_was_begun_is_gone_on_with(tmp_path: Path) -> None:
 def test_the_task_for_skypilot_brings_its_data_along(tmp_path: Path) -> None:
     """Both files are called rows.jsonl, and a folder's name holds what a shell would run."""
     base = tmp_path / 'base "model" $(date)'
-    base.mkdir()
+    head = tmp_path / "head"  # grafted on what was trained, here
+    for folder in (base, head):
+        folder.mkdir()
     data, held = Path("/data/my rows.jsonl"), Path("/held/my rows.jsonl")
-    task = yaml.safe_load(cluster_script(decided(model=str(base), data=data, eval_data=held), SPEC, "skypilot", 2))
+    task = yaml.safe_load(cluster_script(decided(model=str(base), data=data, eval_data=held, mtp_head=str(head)), SPEC,
+                                         "skypilot", 2))
     assert (task["num_nodes"], task["resources"]["accelerators"]) == (2, "H200:4")
     assert task["file_mounts"] == {
         "~/sparktune-data/my rows.jsonl": str(data), "~/sparktune-eval-data/my rows.jsonl": str(held),
         "~/sparktune-model": str(base),
     }
     words = words_of(task["run"], tmp_path)
+    assert all(mount.replace("~", str(tmp_path)) in words for mount in task["file_mounts"]), "all that is sent is read"
     there = {flag: words[words.index(flag) + 1] for flag in ("--model", "--data", "--eval-data", "--name")}
     assert there == {
         "--model": f"{tmp_path}/sparktune-model", "--data": f"{tmp_path}/sparktune-data/my rows.jsonl",
