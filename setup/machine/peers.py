@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,9 @@ class Peer:
         return client
 
 
+@cache
 def _give_ssh_a_deadline() -> None:
-    """Replaces how the docker SDK starts ssh: its own never asks whether the other machine is alive.
+    """Replaces, once, how the docker SDK starts ssh: its own never asks whether the other machine is alive.
 
     A read from one that fell silent would not end, whatever the SDK's timeout says. No password is asked for, nothing
     said on the screen, and Ctrl-C is left to us.
@@ -106,9 +108,11 @@ def _give_ssh_a_deadline() -> None:
     class PatientSocket(sshconn.SSHSocket):
         def connect(self, **_: Any) -> None:
             host = "".join([f"{self.user}@" if self.user else "", self.host, f":{self.port}" if self.port else ""])
+            # as the SDK does: what a packed program sets for its own libraries is not the system's ssh's
+            env = {k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", "SSL_CERT_FILE")}
             self.proc = subprocess.Popen(
                 [*_ssh(host, *_ALIVE), "docker system dial-stdio"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, start_new_session=True,
+                stderr=subprocess.DEVNULL, start_new_session=True, env=env,
             )
 
         def close(self) -> None:

@@ -8,6 +8,7 @@ import os
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,7 +122,8 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program = tmp_path / "bin" / "ssh"
     program.write_text(
         "#!/bin/sh\nfor word; do printf '%s\\n' \"$word\" >> \"$0.asked\"; done\n"
-        'case " $* " in *" -G "*) echo "hostname 127.0.0.1"; exit 0;; esac\n'
+        'case " $* " in *" -G "*) echo "hostname 127.0.0.1"; exit 0;; *xargs*) cat > "$0.stdin";; esac\n'
+        'env > "$0.env"\n'
         'cat "$0.answer"; cat "$0.error" >&2; exit "$(cat "$0.code")"\n'
     )
     program.chmod(0o755)
@@ -154,6 +156,37 @@ def test_a_machine_that_falls_silent_is_given_up(ssh: Path) -> None:
     assert {"ServerAliveInterval=5", "ServerAliveCountMax=3", "BatchMode=yes", "ConnectTimeout=10"} <= set(asked)
     at = asked.index("--")
     assert asked[at - 2 : at + 3] == ["-p", "2222", "--", "me@spark-b", "docker system dial-stdio"]
+
+
+def test_the_sdks_ssh_is_replaced_once_and_gets_the_systems_libraries(
+    ssh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from docker.transport import sshconn
+
+    for name in ("LD_LIBRARY_PATH", "SSL_CERT_FILE"):
+        monkeypatch.setenv(name, "/opt/packed")
+    monkeypatch.setenv("SSH_AUTH_SOCK", "/run/agent")
+    peers._give_ssh_a_deadline()
+    once = sshconn.SSHSocket
+    peers._give_ssh_a_deadline()
+    assert sshconn.SSHSocket is once
+    line = sshconn.SSHSocket("spark-b")
+    line.connect()
+    assert line.proc.wait(timeout=10) == 0
+    line.close()
+    seen = (ssh / "ssh.env").read_text()
+    assert "/opt/packed" not in seen
+    assert "SSH_AUTH_SOCK=/run/agent" in seen
+
+
+@pytest.mark.parametrize("code", ["0", "1"])
+def test_folders_are_made_by_the_user_whom_ssh_logs_in_as(ssh: Path, code: str) -> None:
+    """Their names go through standard input: no shell reads them. One that cannot be made is the inventory's to say."""
+    (ssh / "ssh.code").write_text(code)
+    peers.make_folders(replace(FAR, host="me@spark-b:2222"), ["/data/my rows", "/x; touch $(y)\n", "-p"])
+    asked = (ssh / "ssh.asked").read_text().splitlines()
+    assert asked[-5:] == ["-p", "2222", "--", "me@spark-b", "xargs -0 mkdir -p --"]
+    assert (ssh / "ssh.stdin").read_text() == "/data/my rows\0/x; touch $(y)\n\0-p"
 
 
 @pytest.mark.usefixtures("ssh")
