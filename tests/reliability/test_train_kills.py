@@ -81,12 +81,28 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return run
 
 
-def wait_for(process: subprocess.Popen[bytes], reached: Callable[[], bool], said: Callable[[], str]) -> None:
+def wait_for(
+    process: subprocess.Popen[bytes], reached: Callable[[], bool], said: Callable[[], str], every_s: float = 0.02
+) -> None:
     deadline = time.monotonic() + 300
     while not reached():
         assert process.poll() is None, said()
         assert time.monotonic() < deadline, said()
-        time.sleep(0.002)
+        time.sleep(every_s)
+
+
+def stop_in_a_save(process: subprocess.Popen[bytes], root: Path, said: Callable[[], str]) -> None:
+    """Leaves the process frozen while a checkpoint's folder has not got its name yet."""
+    def half_written() -> bool:
+        return any(root.glob(".checkpoint-*.partial"))
+
+    while True:
+        wait_for(process, half_written, said, every_s=0.002)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if half_written():
+            return
+        process.send_signal(signal.SIGCONT)  # the rename was quicker: another save will come
 
 
 def reaches(root: Path, step: int) -> bool:
@@ -104,7 +120,7 @@ def test_a_run_that_was_interrupted_ends_as_the_uninterrupted_one(whole: Whole, 
     root, drawn = whole.folder / "results" / name, random.Random(how)
     process = whole.start(name)
     if how.endswith("written"):
-        wait_for(process, lambda: any(root.glob(".checkpoint-*.partial")), lambda: whole.said(name))
+        stop_in_a_save(process, root, lambda: whole.said(name))
     else:
         step = drawn.randint(8, STEPS - 10)
         wait_for(process, lambda: reaches(root, step), lambda: whole.said(name))
@@ -114,6 +130,7 @@ def test_a_run_that_was_interrupted_ends_as_the_uninterrupted_one(whole: Whole, 
         time.sleep(0.02)
         process.send_signal(signal.SIGINT)
     ended = process.wait(timeout=120)
+    assert any(root.glob(".checkpoint-*.partial")) or not how.endswith("written")
     assert ended == code or (code is None and ended != 0), whole.said(name)
     assert len(whole.losses(name)) < STEPS, "it came too late"
     assert all((path / "manifest.json").is_file() for path in root.glob("checkpoint-*"))
